@@ -1,0 +1,1 @@
+"""factorlm: language models whose feed-forward layers are structured matrices."""

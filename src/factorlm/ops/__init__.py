@@ -1,0 +1,1 @@
+"""Pure tensor functions y = f(x, factors), one file a structure."""

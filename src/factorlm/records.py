@@ -1,0 +1,176 @@
+"""Facts about runs, benchmarks and evaluations, as typed JSON records, one a line.
+
+Fits, comparisons and reports read only these; nothing here imports torch. A record file is
+append-only. Each line carries ``type`` and ``format_version``, so that a reader can skip what it
+does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from factorlm.errors import DataError
+from factorlm.registry import Registry
+
+FORMAT_VERSION = 1
+RECORDS_FILE = "records.jsonl"
+
+RECORD_TYPES: Registry[type[Record]] = Registry("record type")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records: a plain dataclass of JSON types, units in the field names."""
+
+    type: ClassVar[str] = ""
+
+    def to_json(self) -> str:
+        """One line of JSON, without the line break."""
+        head = {"type": self.type, "format_version": FORMAT_VERSION}
+        return json.dumps(head | dataclasses.asdict(self), ensure_ascii=False)
+
+
+def record_type(name: str) -> Any:
+    """Class decorator: register a record under the ``type`` that its lines carry."""
+
+    def add(cls: type[Record]) -> type[Record]:
+        cls.type = name
+        return RECORD_TYPES.register(name)(cls)
+
+    return add
+
+
+@record_type("run")
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """What a training run is: written once, when it starts."""
+
+    name: str
+    config: dict[str, Any]
+    """The resolved recipe."""
+    environment: dict[str, Any]
+    """Versions, hardware, number of threads and processes, commit."""
+    num_params: int
+    """All parameters; a tied head counts once."""
+    num_ffn_params: int
+    """Weights of the FFN linears (structured or dense), without biases."""
+    num_non_embedding_params: int
+    forward_flops_per_token: float
+    training_flops: float
+    """Of the whole run, by the papers' convention: 3 x forward x tokens."""
+    num_steps: int
+    tokens_per_step: int
+    """Tokens that are predicted in one optimizer step, over all processes."""
+
+
+@record_type("step")
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Record):
+    """One optimizer step (1-based: ``step`` steps are done)."""
+
+    step: int
+    num_tokens: int
+    """Tokens trained on so far."""
+    loss: float
+    """Mean training loss of this step, nats per token."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    step_ms: float
+    """Wall time of this step, evaluation and saving left out."""
+
+
+@record_type("eval")
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord(Record):
+    """Loss on held-out text."""
+
+    step: int
+    num_tokens: int
+    """Tokens trained on so far."""
+    source: str
+    """The split or text that was evaluated, e.g. ``validation``."""
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float | None
+    """None where the bytes of the evaluated text are not known."""
+    num_eval_tokens: int
+    seconds: float
+
+
+@record_type("generation")
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord(Record):
+    """Speed of one generation."""
+
+    prompt: str
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+@record_type("event")
+@dataclass(frozen=True, kw_only=True)
+class EventRecord(Record):
+    """Something that happened to a run: resumed, saved, interrupted, finished."""
+
+    event: str
+    step: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class RecordFile:
+    """An append-only JSONL file of records."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, record: Record) -> None:
+        """Write one line and hand it to the operating system."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+
+    def size(self) -> int:
+        """Bytes written so far: a position that ``truncate`` takes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, size: int) -> None:
+        """Drop every record after byte ``size``: what a resumed run is about to write again."""
+        if self.path.exists() and self.path.stat().st_size > size:
+            os.truncate(self.path, size)
+
+    def __iter__(self) -> Iterator[Record]:
+        """All known records in order. A half-written last line is left out.
+
+        Raises ``DataError`` naming file and line for a damaged line before the last.
+        """
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = _parse(line)
+            except (ValueError, TypeError) as error:
+                if number == len(lines):
+                    return
+                raise DataError(f"{self.path}:{number}: not a record: {error}") from None
+            if record is not None:
+                yield record
+
+
+def _parse(line: str) -> Record | None:
+    values = json.loads(line)
+    name = values.pop("type")
+    version = values.pop("format_version")
+    if name not in RECORD_TYPES or version > FORMAT_VERSION:
+        return None
+    return RECORD_TYPES[name](**values)
