@@ -1,0 +1,233 @@
+"""The recipe: everything that a training run is, as one tree of frozen configs (torch-free)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from factorlm.config import Config, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection(Config):
+    """Which Transformer, before its FFN is structured."""
+
+    preset: str | None = None
+    """A preset's name (``gpt_tiny``, ``gpt_s``, ``llama_m``, ...), or a model folder whose
+    architecture is taken without its weights."""
+    vocab_size: int = 32000
+    """Rows of the embedding. At least the tokenizer's vocabulary."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Hugging Face config to change, e.g. ``num_hidden_layers: 6``."""
+    init_from: str | None = None
+    """Start from the weights of this run, model folder or Hub id instead of a preset."""
+
+    def __post_init__(self) -> None:
+        check(self.vocab_size >= 1, f"model.vocab_size={self.vocab_size} must be at least 1")
+        check(
+            self.preset is None or self.init_from is None,
+            f"model.preset={self.preset!r} and model.init_from={self.init_from!r}: name only one",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(Config):
+    """What the run trains on: a folder that ``factorlm prepare`` wrote."""
+
+    path: str = ""
+    """The prepared folder."""
+    context_length: int = 1024
+    """L, the tokens that one sequence predicts."""
+    source: list[str] = field(default_factory=list)
+    """Where the text comes from: what ``factorlm prepare`` is given if ``path`` is not there."""
+    tokenizer: str = ""
+    """The tokenizer that ``factorlm prepare`` is given if ``path`` is not there."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.context_length >= 1,
+            f"data.context_length={self.context_length} must be at least 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection(Config):
+    """AdamW (decoupled weight decay), fused where PyTorch has it."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    """The peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    """``matrices``: no decay on biases and norms; ``all``: the papers' rule."""
+    clip_grad_norm: float | None = 1.0
+    """Largest global gradient norm; null turns clipping off."""
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        check(rate > 0, f"optimizer.learning_rate={rate} must be above 0")
+        for beta in self.betas:
+            check(0 <= beta < 1, f"optimizer.betas={self.betas} must lie in [0, 1)")
+        decay = self.weight_decay
+        check(decay >= 0, f"optimizer.weight_decay={decay} must be at least 0")
+        clip = self.clip_grad_norm
+        check(clip is None or clip > 0, f"optimizer.clip_grad_norm={clip} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSection(Config):
+    """The learning rate over the run: linear warm-up, then ``kind``."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """``cosine`` to ``final_ratio``; ``wsd``: constant, then linear to ``final_ratio`` over the
+    last ``decay_ratio`` of the steps; ``constant``."""
+    warmup_ratio: float = 0.1
+    """Share of the steps that warm up."""
+    final_ratio: float = 0.1
+    """Last learning rate as a share of the peak."""
+    decay_ratio: float = 0.2
+    """Share of the steps that decay, for ``wsd``."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_ratio", "final_ratio", "decay_ratio"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"schedule.{name}={value} must lie in [0, 1]")
+        if self.kind == "wsd":
+            total = self.warmup_ratio + self.decay_ratio
+            check(total <= 1, f"schedule.warmup_ratio + decay_ratio = {total} must not exceed 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSection(Config):
+    """How much one optimizer step sees, and how many steps there are."""
+
+    num_sequences: int = 16
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch: int | None = None
+    """Sequences of one forward pass of one process; the rest is accumulated. None: all at once."""
+    num_steps: int | None = None
+    """Optimizer steps. State this or ``num_tokens``."""
+    num_tokens: int | None = None
+    """Training tokens; the steps are the whole ones that they give."""
+
+    def __post_init__(self) -> None:
+        count = self.num_sequences
+        check(count >= 1, f"batch.num_sequences={count} must be at least 1")
+        micro = self.micro_batch
+        check(micro is None or micro >= 1, f"batch.micro_batch={micro} must be at least 1")
+        for name in ("num_steps", "num_tokens"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"batch.{name}={value} must be at least 1")
+        check(
+            (self.num_steps is None) != (self.num_tokens is None),
+            f"batch.num_steps={self.num_steps} and batch.num_tokens={self.num_tokens}: "
+            "state exactly one",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection(Config):
+    """Evaluation on the validation split while training."""
+
+    every_steps: int | None = None
+    """Steps between evaluations; None: only at the end."""
+    num_tokens: int | None = None
+    """Tokens of validation text to use; None: all of it. The last evaluation uses all."""
+    num_sequences: int | None = None
+    """Sequences of one forward pass; None: as in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection(Config):
+    """What a stop can lose, and what is kept."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints; None: every ``every_minutes``."""
+    every_minutes: float = 10.0
+    """Used where ``every_steps`` is None."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        check(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection(Config):
+    """How the run uses the machine; nothing here changes what is learned."""
+
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """``auto``: DDP where ``torchrun`` started several processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast dtype; weights stay float32. ``auto``: bf16 where the processor computes in it."""
+    compile: bool = False
+    """``torch.compile`` each decoder layer."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass."""
+    num_threads: int | None = None
+    """CPU threads of a process; None leaves PyTorch's choice."""
+    timeout_seconds: float = 120.0
+    """How long a process waits for its peers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSection(Config):
+    """Where metrics go besides ``records.jsonl``."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run's folder (needs tensorboard)."""
+    wandb_project: str | None = None
+    """Log to this W&B project (needs wandb)."""
+    log_every: int = 10
+    """Steps between lines where there is no terminal for a progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """A training run. See ``docs/reference/recipes.md`` for a commented example."""
+
+    name: str
+    """Names the run's folder, ``runs/<name>``."""
+    seed: int = 0
+    """Of the weights, the data order and dropout."""
+    model: ModelSection = field(default_factory=ModelSection)
+    structure: dict[str, Any] = field(default_factory=dict)
+    """``structure``: a registered name, and its fields; or ``param_ratio`` (with ``multiple_of``)
+    in place of its free size; ``keep_first_dense`` (true); ``layers``: a map from name or pattern
+    to such a target, which replaces the default choice. Empty: a dense model."""
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    batch: BatchSection = field(default_factory=lambda: BatchSection(num_steps=1000))
+    eval: EvalSection = field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
+
+    def __post_init__(self) -> None:
+        plain_name = self.name and self.name not in (".", "..")
+        check(
+            bool(plain_name) and not set(self.name) & set("/\\\0"),
+            f"name={self.name!r} must be a plain folder name",
+        )
+        check(
+            self.model.preset is not None or self.model.init_from is not None,
+            "model.preset=None: name a preset, or model.init_from",
+        )
+        check(self.num_steps >= 1, f"batch.num_tokens={self.batch.num_tokens} is under one step")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens predicted in one optimizer step, over all processes."""
+        return self.batch.num_sequences * self.data.context_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.batch.num_steps is not None:
+            return self.batch.num_steps
+        assert self.batch.num_tokens is not None
+        return self.batch.num_tokens // self.tokens_per_step

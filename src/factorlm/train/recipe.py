@@ -1,0 +1,64 @@
+"""Recipe files: YAML with ``extends:``, read strictly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from factorlm.config import check
+from factorlm.errors import ConfigError
+from factorlm.train.config import TrainConfig
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe with the recipes that it extends, then apply ``--section.key value`` flags.
+
+    ``extends: other.yaml`` names a recipe relative to this file; what this file states wins, key
+    by key. A recipe without ``name`` is named after its file. Raises ``ConfigError`` naming the
+    file and the field.
+    """
+    path = Path(path)
+    values = {"name": path.stem} | _read(path, ())
+    try:
+        return TrainConfig.from_dict(values, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """The plain values of ``path`` over those of its base."""
+    if path.resolve() in children:
+        raise ConfigError(f"{path}: extends={path.name!r} extends itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
+    check(isinstance(values, dict), f"recipe {path} must be a mapping of sections")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    check(isinstance(base, str), f"{path}: extends={base!r} must name one recipe file")
+    inherited = _read(path.parent / base, (*children, path.resolve()))
+    inherited.pop("name", None)
+    return _merge(inherited, values)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` over ``base``, section by section.
+
+    A changed ``structure.structure`` starts its section anew: fields of one kind mean nothing to
+    another.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        other_kind = key == "structure" and isinstance(value, dict) and "structure" in value
+        nested = isinstance(old, dict) and isinstance(value, dict) and not other_kind
+        merged[key] = _merge(old, value) if nested else value  # type: ignore[arg-type]
+    return merged
