@@ -1,0 +1,78 @@
+"""How a model uses the machine: recomputation, compilation, sharding, replication; in that order."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from factorlm.anatomy import decoder_layers
+from factorlm.distributed import World
+from factorlm.hf.loss import CausalLMLoss
+from factorlm.train.config import ParallelSection
+
+
+def wants_fsdp2(parallel: ParallelSection) -> bool:
+    """Whether parameters are sharded. One process can be an FSDP2 world of its own."""
+    return parallel.strategy == "fsdp2"
+
+
+def prepare_layers(model: PreTrainedModel, parallel: ParallelSection) -> None:
+    """Activation checkpointing and per-layer ``compile``, in place; parameter names stay."""
+    if parallel.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if parallel.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
+
+
+def shard_(module: CausalLMLoss, world: World) -> None:
+    """FSDP2 on every decoder layer and on the rest; ``module`` may be on the meta device."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        # Dimension 0 of a block factor (G, ...) is often smaller than the world.
+        if parameter.ndim == 3 and parameter.shape[1] % world.size == 0:
+            return Shard(1)
+        return None
+
+    for layer in decoder_layers(module.model):
+        fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+
+
+def replicate(module: CausalLMLoss, world: World) -> nn.Module:
+    """DDP where there are several processes."""
+    if world.size == 1:
+        return module
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def gradients_held(module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    """No gradient exchange but in the last micro-batch of a step."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(is_last)
+    elif isinstance(module, DistributedDataParallel) and not is_last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for none. ``auto``: bf16 where the processor computes in it."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matmuls in bf16 run on instructions of their own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
