@@ -1,0 +1,193 @@
+"""A run's folder: whose it is, what it holds, and whether it may go on.
+
+``runs/<name>/``: ``config.yaml`` (resolved), ``records.jsonl``, ``checkpoints/step-N/``, ``model/``
+(the last weights) and ``model-best/`` (the best validation loss).
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from factorlm.distributed import World
+from factorlm.errors import CheckpointError, ConfigError, FactorlmError
+from factorlm.records import RECORDS_FILE, EventRecord, RecordFile
+from factorlm.storage import (
+    atomic_folder,
+    atomic_write_text,
+    folder_lock,
+    remove_leftovers,
+    storage_errors,
+)
+from factorlm.train.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    retain,
+    save_checkpoint,
+)
+from factorlm.train.config import TrainConfig
+from factorlm.train.state import RunState, full, model_tensors
+
+MAY_CHANGE = (
+    "eval.",
+    "checkpoint.",
+    "tracking.",
+    "data.path",
+    "data.source",
+    "data.tokenizer",
+    "parallel.strategy",
+    "parallel.device",
+    "parallel.num_threads",
+    "parallel.timeout_seconds",
+    "parallel.activation_checkpointing",
+)
+"""Fields that a resumed run may state otherwise: they do not change what is learned, beyond the
+order of floating-point sums. (What ``data.path`` holds is compared by its fingerprint.)"""
+
+
+class RunFolder:
+    """``runs/<name>``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = RecordFile(path / RECORDS_FILE)
+
+    @contextmanager
+    def claimed(self, config: TrainConfig, world: World) -> Iterator[None]:
+        """Hold the folder for ``config`` alone. Raises on every process what the main one meets:
+        ``StorageError`` if another process has it, ``ConfigError`` if it holds another run."""
+        lock = folder_lock(self.path, owner="factorlm train") if world.is_main else nullcontext()
+        problem: FactorlmError | None = None
+        try:
+            lock.__enter__()
+        except FactorlmError as error:
+            problem, lock = error, nullcontext()
+        try:
+            if world.is_main and problem is None:
+                try:
+                    self._adopt(config)
+                except FactorlmError as error:
+                    problem = error
+            problem = world.from_main(problem)
+            if problem is not None:
+                raise problem
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    def _adopt(self, config: TrainConfig) -> None:
+        """Write the config of a new run; compare it with that of an old one."""
+        path = self.path / "config.yaml"
+        values = config.to_dict()
+        if path.exists():
+            with storage_errors(path, verb="read"):
+                saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if saved == values:
+                return
+            check_same_run(self.path, saved, values)
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_leftovers(folder)
+        atomic_write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def is_finished(self, world: World) -> bool:
+        """Whether an earlier call finished the run."""
+        finished = False
+        if world.is_main and self.records.path.exists():
+            finished = any(
+                isinstance(record, EventRecord) and record.event == "finished"
+                for record in self.records
+            )
+        return bool(world.from_main(finished))
+
+    def load_checkpoint(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        facts: Mapping[str, Any],
+        world: World,
+    ) -> RunState | None:
+        """Load the newest good checkpoint; None where there is none.
+
+        ``facts["data"]`` must equal what was saved (``ConfigError``); a changed
+        ``facts["environment"]`` is worth a warning, since bits may then differ.
+        """
+        path = newest_checkpoint(self.path / "checkpoints", world)
+        if path is None:
+            return None
+        state, saved = load_checkpoint(path, model, optimizer)
+        if saved.get("data") != facts["data"]:
+            raise ConfigError(
+                f"data.path: the prepared data is not what {self.path} was trained on "
+                f"(fingerprint {facts['data']}, was {saved.get('data')})"
+            )
+        old, new = saved.get("environment", {}), facts["environment"]
+        changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+        if changed and world.is_main:
+            warnings.warn(
+                "resumed in another environment, so bits may differ: " + ", ".join(changed),
+                stacklevel=2,
+            )
+        return state
+
+    def save_checkpoint(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: RunState,
+        facts: Mapping[str, Any],
+        world: World,
+        keep: int,
+    ) -> None:
+        """Save, then remove what is older than the ``keep`` newest."""
+        folder = self.path / "checkpoints"
+        save_checkpoint(folder, model, optimizer, state, facts, world)
+        if world.is_main:
+            retain(folder, keep)
+
+    def save_model(
+        self, name: str, model: PreTrainedModel, tokenizer: Path | None, world: World
+    ) -> None:
+        """Write ``name`` as a Hugging Face folder with its tokenizer, from whole tensors."""
+        tensors = {key: full(tensor) for key, tensor in model_tensors(model)}
+        if not world.is_main:
+            return
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise CheckpointError(f"{self.path / name}: a weight is not finite; nothing is saved")
+        with atomic_folder(self.path / name, replace=True) as temporary:
+            model.save_pretrained(temporary, state_dict=tensors)
+            if tokenizer is not None:
+                shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+
+
+def check_same_run(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` naming every field that differs and may not, with both values."""
+    old, new = flatten(saved), flatten(wanted)
+    problems = [
+        f"{key}={new.get(key)!r}, was {old.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if problems:
+        raise ConfigError(
+            f"{path} holds a run with another recipe: {'; '.join(problems)}. "
+            "Give the new run another name, or remove that folder"
+        )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

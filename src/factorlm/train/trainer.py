@@ -1,0 +1,294 @@
+"""The training loop: explicit, exact in resume, the same on one process and on many."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from factorlm.accounting import count_params, flops_per_token
+from factorlm.config import check
+from factorlm.data import TokenDataset, TokenLoader, open_dataset
+from factorlm.distributed import World, peers_watched
+from factorlm.errors import ConfigError, InterruptedRun, NumericError
+from factorlm.eval.loss import EvalResult, evaluate_loss
+from factorlm.hf.loss import CausalLMLoss
+from factorlm.measure import environment
+from factorlm.optim import build_adamw, learning_rate_at
+from factorlm.records import EvalRecord, EventRecord, Record, RunRecord, StepRecord
+from factorlm.train.assemble import assemble
+from factorlm.train.callbacks import Callback, RecordWriter
+from factorlm.train.config import TrainConfig
+from factorlm.train.metrics import perplexity, trackers
+from factorlm.train.parallelize import autocast_dtype, gradients_held
+from factorlm.train.run import RunFolder
+from factorlm.train.signals import StopFlag
+from factorlm.train.state import RunState
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How ``Trainer.fit`` ended."""
+
+    state: RunState
+    path: Path
+    """The run's folder."""
+    already_finished: bool = False
+    """Nothing was done: an earlier call had finished the run."""
+
+
+class Trainer:
+    """Runs one recipe in ``runs_dir/<name>``, or goes on with it where it stopped.
+
+    ``fit`` does everything; callbacks see every step. The attributes below are there from the
+    call of ``on_start`` on.
+    """
+
+    config: TrainConfig
+    run: RunFolder
+    world: World
+    state: RunState
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        runs_dir: str | os.PathLike[str] = "runs",
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.run = RunFolder(Path(runs_dir) / config.name)
+        self.state = RunState()
+        self._callbacks = [RecordWriter(), *callbacks]
+
+    def fit(self) -> RunResult:
+        """Train until the last step, evaluate, and write ``model/``.
+
+        Raises ``InterruptedRun`` after a signal and a complete checkpoint, ``NumericError`` before
+        an update that is not finite, ``ConfigError`` where the folder holds another run.
+        """
+        parallel = self.config.parallel
+        if parallel.num_threads is not None:
+            torch.set_num_threads(parallel.num_threads)
+        self.world = World.start(parallel.device, parallel.timeout_seconds)
+        try:
+            with StopFlag() as self._stop, peers_watched(self.world):
+                return self._fit()
+        finally:
+            self.world.stop()
+
+    def _fit(self) -> RunResult:
+        with self.run.claimed(self.config, self.world):
+            if self.run.is_finished(self.world):
+                self.state = self.run.finished_state()
+                return RunResult(self.state, self.run.path, already_finished=True)
+            self._build()
+            self._resume()
+            self._callbacks += trackers(self.config.tracking, self) if self.world.is_main else []
+            try:
+                self._call("on_start", self._run_record)
+                if self.state.step:
+                    self._event("resumed")
+                self._loop()
+                self.run.save_model("model", self.model, self.world)
+                self._event("finished")
+            finally:
+                self._call("on_end")
+        return RunResult(self.state, self.run.path)
+
+    def _build(self) -> None:
+        config, world = self.config, self.world
+        self.dataset = open_dataset(config.data.path)
+        _check_data(config, self.dataset, world)
+        self.model = assembled = assemble(config, world)
+        self._run_record = _run_record(config, assembled.model, world)
+        self.model, self._loss, self._module = assembled.model, assembled.loss, assembled.module
+        optimizer = config.optimizer
+        self.optimizer = build_adamw(
+            self.model,
+            learning_rate=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            decay=optimizer.decay,
+        )
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._autocast = autocast_dtype(config.parallel.precision, world.device)
+        self.loader = TokenLoader(
+            self.dataset,
+            "train",
+            context_length=config.data.context_length,
+            sequences_per_step=config.batch.num_sequences,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    def _resume(self) -> None:
+        state = self.run.load_checkpoint(self.model, self.optimizer, self.dataset, self.world)
+        if state is not None:
+            self.state = state
+        if self.world.is_main:
+            self.run.records.drop_after(self.state.step)
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
+
+    def _loop(self) -> None:
+        while True:
+            if self._eval_due() and not self._stopping:
+                self._evaluate()
+            done = self.state.step == self.config.num_steps
+            if self._stopping or done or self._save_due:
+                self._save()
+            if self._stopping:
+                received = self._stop.received
+                name = received.name if received else "a signal on another process"
+                self._event("interrupted", signal=name)
+                raise InterruptedRun(
+                    f"stopped by {name} at step {self.state.step} of {self.config.num_steps}; "
+                    "the checkpoint is complete: run the same command to go on"
+                )
+            if done:
+                return
+            self._step()
+
+    # One step ------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        step = self.state.step
+        rate = self._set_learning_rate(step)
+        loss = self._backward(step)
+        clip = self.config.optimizer.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self._parameters, clip or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss_value, norm_value = self._agree(loss, norm)
+        if not np.isfinite(loss_value) or not np.isfinite(norm_value):
+            self._refuse_update(loss_value, norm_value)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = self.state.num_tokens + self.config.tokens_per_step
+        seconds = time.perf_counter() - started
+        self.state = self.state.replace(
+            step=step + 1,
+            num_tokens=tokens,
+            train_seconds=self.state.train_seconds + seconds,
+        )
+        record = StepRecord(
+            step=step + 1,
+            num_tokens=tokens,
+            loss=loss_value,
+            learning_rate=rate,
+            grad_norm=norm_value,
+            step_ms=seconds * 1000,
+        )
+        self._call("on_step", record)
+
+    def _set_learning_rate(self, step: int) -> float:
+        schedule = self.config.schedule
+        rate = learning_rate_at(
+            step,
+            self.config.num_steps,
+            peak=self.config.optimizer.learning_rate,
+            kind=schedule.kind,
+            warmup_ratio=schedule.warmup_ratio,
+            final_ratio=schedule.final_ratio,
+            decay_ratio=schedule.decay_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _backward(self, step: int) -> Tensor:
+        """Gradients of the mean loss of a whole step; the local sum of nats."""
+        total = torch.zeros((), device=self.world.device)
+        # Replicas average their gradients, so each scales its sum up by their number.
+        scale = self.world.size / self.config.tokens_per_step
+        batches = self._micro_batches(step)
+        for index, (inputs, labels) in enumerate(batches):
+            seed_step(self.config.seed, step, self.world.rank * len(batches) + index)
+            with gradients_held(self._module, index == len(batches) - 1):
+                with self._precision():
+                    loss = self._module(inputs, labels)
+                (loss * scale).backward()
+            total += loss.detach()
+        return total
+
+    def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        batch = torch.from_numpy(self.loader.batch(step)).to(self.world.device)
+        size = self.config.batch.micro_batch or len(batch)
+        return [(rows[:, :-1], rows[:, 1:]) for rows in batch.split(size)]
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(
+            self.world.device.type, dtype=self._autocast, enabled=self._autocast is not None
+        )
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+        """The step's mean loss and gradient norm, and on all processes alike: stop? save?"""
+        save = self.world.is_main and self._time_to_save()
+        flags = torch.tensor([float(bool(self._stop)), float(save)], dtype=torch.float64)
+        values = torch.cat([loss.double().reshape(1), flags.to(loss.device)])
+        total, stop, save_now = self.world.sum_(values).tolist()
+        self._stopping, self._save_due = stop > 0, save_now > 0
+        return total / self.config.tokens_per_step, float(norm)
+
+    def _time_to_save(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        if every is not None:
+            return (self.state.step + 1) % every == 0
+        return time.monotonic() - self._saved_at > 60 * self.config.checkpoint.every_minutes
+
+    def _refuse_update(self, loss: float, norm: float) -> None:
+        """Stop before the update, naming the first gradients that are not finite."""
+        bad = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(full(parameter.grad)).all())
+        ]
+        step = self.state.step + 1
+        self._event("not finite", loss=loss, grad_norm=norm, gradients=bad[:8])
+        raise NumericError(
+            f"step {step}: loss {loss}, gradient norm {norm}; gradients that are not finite: "
+            f"{', '.join(bad[:8]) or 'none'}{' ...' if len(bad) > 8 else ''}. The update was not "
+            f"made; the newest checkpoint is of an earlier step"
+        )
+
+    # Evaluation and saving -----------------------------------------------------------------
+
+    def _eval_due(self) -> bool:
+        step, every = self.state.step, self.config.eval.every_steps
+        if step == self.state.evaluated_step:
+            return False
+        return step == self.config.num_steps or (every is not None and step % every == 0)
+
+    def _evaluate(self) -> None:
+        """The loss on the validation split; a signal leaves it to the resumed run."""
+        is_last = self.state.step == self.config.num_steps
+        result = self._validation_loss(None if is_last else self.config.eval.num_tokens)
+        if result is None:
+            return
+        record = EvalRecord(
+            step=self.state.step,
+            num_tokens=self.state.num_tokens,
+            source="validation",
+            loss=result.loss,
+            perplexity=result.perplexity,
+            bits_per_byte=result.bits_per_byte,
+            num_eval_tokens=result.num_tokens,
+            seconds=result.seconds,
+        )
+        self.state = self.state.replace(evaluated_step=self.state.step)
+        best = self.state.best_loss
+        if best is None or result.loss < best:
+            self._save_model("model-best")
+            self.state = self.state.replace(best_loss=result.loss)
+        self._call("on_eval", record)
