@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -127,7 +128,7 @@ def module_names(model: nn.Module) -> dict[int, str]:
 
 
 @cache
-def _mixes_tokens(cls: type[nn.Module]) -> bool:
+def _mixes_tokens(cls: Any) -> bool:
     arguments = inspect.signature(cls.forward).parameters
     return any(_SEQUENCE_ARGUMENT.search(name) for name in arguments)
 
@@ -222,7 +223,7 @@ def _experts(
 def _embeddings(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
     """Embedding tables outside the decoder layers, the one of the tokens first."""
     inside = {id(module) for block in blocks for module in block.modules()}
-    tables = [
+    tables: list[nn.Module] = [
         module
         for module in model.modules()
         if isinstance(module, nn.Embedding) and id(module) not in inside

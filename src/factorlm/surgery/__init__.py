@@ -1,0 +1,28 @@
+"""The verbs that put structured layers into a model and take them out again."""
+
+from factorlm.surgery.block import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    read_block,
+    read_structure,
+    write_block,
+)
+from factorlm.surgery.report import SwapReport, SwapRow
+from factorlm.surgery.swap import densify_, factorize_, initializer_std, restore_buffers_
+from factorlm.surgery.targets import StructureMap, default_multiple
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "StructureMap",
+    "SwapReport",
+    "SwapRow",
+    "default_multiple",
+    "densify_",
+    "factorize_",
+    "initializer_std",
+    "read_block",
+    "read_structure",
+    "restore_buffers_",
+    "write_block",
+]
