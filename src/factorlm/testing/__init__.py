@@ -1,3 +1,7 @@
-"""Tools for tests of factorlm and of structures that others add; nothing else imports them."""
+"""Test tools for users: the battery that proves a structure, and multi-process runs."""
 
-__all__: list[str] = []
+from factorlm.lazy import lazy_exports
+
+__all__ = ["run_distributed"]
+
+__getattr__ = lazy_exports(__name__, {"run_distributed": "distributed"})

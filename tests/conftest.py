@@ -1,0 +1,18 @@
+"""Every test runs on one thread, with fresh memory poisoned by NaN so that unwritten values show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` is filled with NaN only while deterministic algorithms are asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
