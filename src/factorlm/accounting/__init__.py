@@ -1,0 +1,33 @@
+"""What a model costs, counted before it is built: parameters, FLOPs, memory, and budgets.
+
+Every function takes a Hugging Face causal language model on any device, meta included, dense or
+structured, and reads its structure through ``factorlm.anatomy``.
+"""
+
+from factorlm.accounting.attention import AttentionShape, attention_shapes
+from factorlm.accounting.budget import (
+    BudgetPlan,
+    config_for_param_ratio,
+    plan_for_flops,
+    plan_for_params,
+)
+from factorlm.accounting.flops import FlopCount, TrainingFlops, flops_per_token, training_flops
+from factorlm.accounting.memory import MemoryEstimate, estimate_memory
+from factorlm.accounting.params import ParamCount, count_params
+
+__all__ = [
+    "AttentionShape",
+    "BudgetPlan",
+    "FlopCount",
+    "MemoryEstimate",
+    "ParamCount",
+    "TrainingFlops",
+    "attention_shapes",
+    "config_for_param_ratio",
+    "count_params",
+    "estimate_memory",
+    "flops_per_token",
+    "plan_for_flops",
+    "plan_for_params",
+    "training_flops",
+]
