@@ -1,10 +1,12 @@
 """Structured linear layers behind one contract. Importing this package registers them all."""
 
-from factorlm.layers.base import (
+from factorlm.layers.base import StructuredLinear
+from factorlm.layers.block_dense import BlockDenseConfig, BlockDenseLinear
+from factorlm.layers.block_shuffle import BlockShuffleConfig, BlockShuffleLinear
+from factorlm.layers.config import (
     STRUCTURES,
     Factor,
     StructureConfig,
-    StructuredLinear,
     register_structure,
     structure_from_target,
 )
@@ -13,6 +15,10 @@ from factorlm.layers.low_rank import LowRankConfig, LowRankLinear
 
 __all__ = [
     "STRUCTURES",
+    "BlockDenseConfig",
+    "BlockDenseLinear",
+    "BlockShuffleConfig",
+    "BlockShuffleLinear",
     "DenseConfig",
     "DenseLinear",
     "Factor",

@@ -9,27 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from factorlm.layers.base import (
-    Factor,
-    StructureConfig,
-    StructuredLinear,
-    check_ratio,
-    register_structure,
-)
-from factorlm.layers.initialization import dense_std, gaussian, structure_aware_std
+from factorlm.layers.base import StructuredLinear
+from factorlm.layers.config import Factor, StructureConfig, check_ratio, register_structure
+from factorlm.layers.initialization import dense_std, gaussian
 
 
-@register_structure("dense")
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(StructureConfig):
     """W (O, I) as it is."""
 
-    def validate(self, in_features: int, out_features: int) -> None:
-        """Every size fits."""
-
     def factors(self, in_features: int, out_features: int) -> tuple[Factor, ...]:
         """W alone."""
-        return (Factor("W", 1, in_features, out_features),)
+        return (Factor("W", (out_features, in_features)),)
 
     def to_dense_flops(self, in_features: int, out_features: int) -> int:
         """Nothing to compute."""
@@ -42,40 +33,14 @@ class DenseConfig(StructureConfig):
         check_ratio(ratio, multiple_of)
         return self
 
-    def build(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> DenseLinear:
-        """Allocate and initialise."""
-        return DenseLinear(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
 
-
+@register_structure("dense", DenseConfig)
 @final
 class DenseLinear(StructuredLinear):
     """y = W x + b."""
 
     config: DenseConfig
-
-    def __init__(
-        self,
-        config: DenseConfig,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            config, in_features, out_features, bias=bias, device=device, dtype=dtype
-        )
-        self.W = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.reset_parameters()
+    W: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
@@ -85,17 +50,11 @@ class DenseLinear(StructuredLinear):
         """W itself, (O, I)."""
         return self.W
 
-    @torch.no_grad()
-    def project_(self, weight: Tensor) -> Self:
-        """Copy ``weight`` (O, I)."""
-        self.W.copy_(weight)
-        return self
+    def nearest_factors(self, weight: Tensor) -> tuple[Tensor]:
+        """``weight`` itself."""
+        return (weight,)
 
-    def reset_factors(self, std: float | None, generator: torch.Generator | None) -> None:
-        """Gaussian with ``std``, or the structure-aware one."""
-        if self.W.is_meta:
-            return
-        if self.config.init == "structure_aware":
-            std = structure_aware_std(self.factors[0])
+    def draw_factors(self, std: float | None, generator: torch.Generator | None) -> tuple[Tensor]:
+        """Gaussian."""
         shape = (self.out_features, self.in_features)
-        self.W.copy_(gaussian(shape, dense_std(std, self.in_features), generator))
+        return (gaussian(shape, dense_std(std, self.in_features), generator),)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from factorlm.layers.base import Factor
+from factorlm.layers.config import Factor
 
 
 def dense_std(std: float | None, in_features: int) -> float:

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from factorlm.config import check
-from factorlm.layers.base import (
+from factorlm.layers.base import StructuredLinear
+from factorlm.layers.config import (
     Factor,
     StructureConfig,
-    StructuredLinear,
+    check_rank,
     check_ratio,
     register_structure,
     round_to_multiple,
 )
-from factorlm.layers.initialization import dense_std, gaussian, structure_aware_std
+from factorlm.layers.initialization import dense_std, gaussian
 from factorlm.layers.projection import balanced_svd
 from factorlm.ops.low_rank import low_rank, low_rank_dense
 
 
-@register_structure("low_rank")
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(StructureConfig):
     """W (O, I) = U (O, R) V (R, I)."""
@@ -31,29 +31,19 @@ class LowRankConfig(StructureConfig):
     """R, 1 <= R <= min(I, O). None until ``for_param_ratio`` solves it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.rank is None or self.rank >= 1, f"rank={self.rank} must be at least 1")
-
-    def validate(self, in_features: int, out_features: int) -> None:
-        """1 <= R <= min(I, O)."""
-        self._rank(in_features, out_features)
-
-    def _rank(self, in_features: int, out_features: int) -> int:
-        check(self.rank is not None, "rank=None must be a number, or be solved for a param_ratio")
-        assert self.rank is not None
-        limit = min(in_features, out_features)
-        check(
-            self.rank <= limit, f"rank={self.rank} exceeds min(in_features, out_features)={limit}"
-        )
-        return self.rank
 
     def factors(self, in_features: int, out_features: int) -> tuple[Factor, ...]:
         """V then U."""
-        rank = self._rank(in_features, out_features)
-        return Factor("V", 1, in_features, rank), Factor("U", 1, rank, out_features)
+        limit = min(in_features, out_features)
+        rank = check_rank(self.rank, limit, "min(in_features, out_features)")
+        return Factor("V", (rank, in_features)), Factor("U", (out_features, rank))
 
     def to_dense_flops(self, in_features: int, out_features: int) -> int:
         """2 O R I."""
-        return 2 * out_features * self._rank(in_features, out_features) * in_features
+        V, _ = self.factors(in_features, out_features)
+        return 2 * out_features * V.num_params
 
     def for_param_ratio(
         self, in_features: int, out_features: int, ratio: float, *, multiple_of: int = 1
@@ -64,48 +54,15 @@ class LowRankConfig(StructureConfig):
         limit = min(in_features, out_features)
         return self.replace(rank=round_to_multiple(exact, multiple_of, at_most=limit))
 
-    def build(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> LowRankLinear:
-        """Allocate and initialise."""
-        return LowRankLinear(
-            self, in_features, out_features, bias=bias, device=device, dtype=dtype
-        )
 
-
+@register_structure("low_rank", LowRankConfig)
 @final
 class LowRankLinear(StructuredLinear):
     """y = U(Vx) + b."""
 
     config: LowRankConfig
-
-    def __init__(
-        self,
-        config: LowRankConfig,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            config, in_features, out_features, bias=bias, device=device, dtype=dtype
-        )
-        first, second = self.factors
-        self.V = nn.Parameter(
-            torch.empty(first.fan_out, first.fan_in, device=device, dtype=dtype)
-        )
-        self.U = nn.Parameter(
-            torch.empty(second.fan_out, second.fan_in, device=device, dtype=dtype)
-        )
-        self.reset_parameters()
+    V: nn.Parameter
+    U: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
@@ -115,22 +72,14 @@ class LowRankLinear(StructuredLinear):
         """U V, (O, I)."""
         return low_rank_dense(self.V, self.U)
 
-    @torch.no_grad()
-    def project_(self, weight: Tensor) -> Self:
-        """The truncated SVD of ``weight`` (O, I)."""
-        U, V = balanced_svd(weight, self.U.shape[1])
-        self.U.copy_(U)
-        self.V.copy_(V)
-        return self
+    def nearest_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The truncated SVD of ``weight``."""
+        U, V = balanced_svd(weight, self.V.shape[0])
+        return V, U
 
-    def reset_factors(self, std: float | None, generator: torch.Generator | None) -> None:
-        """``paper``: the truncated SVD of a dense draw; ``structure_aware``: Gaussian factors."""
-        if self.V.is_meta:
-            return
-        if self.config.init == "paper":
-            shape = (self.out_features, self.in_features)
-            self.project_(gaussian(shape, dense_std(std, self.in_features), generator))
-            return
-        for parameter, factor in zip((self.V, self.U), self.factors, strict=True):
-            draw = gaussian(tuple(parameter.shape), structure_aware_std(factor), generator)
-            parameter.copy_(draw)
+    def draw_factors(
+        self, std: float | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """The truncated SVD of a dense draw (spectral initialisation)."""
+        shape = (self.out_features, self.in_features)
+        return self.nearest_factors(gaussian(shape, dense_std(std, self.in_features), generator))

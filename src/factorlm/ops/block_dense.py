@@ -1,0 +1,22 @@
+"""block_dense: y = L(Bx) + b with B block-diagonal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from factorlm.ops.block_diagonal import block_diagonal
+
+
+def block_dense(x: Tensor, B: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (*, I), B (G, R/G, I/G), L (O, R), bias (O,) -> (*, O). arXiv 2406.16450, section 2."""
+    num_blocks, _, block_in = B.shape
+    hidden = block_diagonal(x.reshape(-1, num_blocks, block_in), B)
+    return linear(hidden.reshape(*x.shape[:-1], L.shape[1]), L, bias)
+
+
+def block_dense_dense(B: Tensor, L: Tensor) -> Tensor:
+    """The dense weight, (O, I): column panel g is L[:, panel g of R] B[g]."""
+    panels = L.unflatten(1, B.shape[:2])  # (O, G, R/G)
+    return torch.einsum("ogr,gri->ogi", panels, B).flatten(1)

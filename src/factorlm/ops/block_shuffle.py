@@ -1,0 +1,63 @@
+"""block_shuffle (Monarch): block-diagonal, a fixed permutation, block-diagonal.
+
+The permutation sends hidden value j of m to group j mod G, slot j div G: a reshape to (m/G, G).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from factorlm.ops.block_diagonal import block_diagonal
+
+
+def block_shuffle(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output_shuffle: bool = True,
+) -> Tensor:
+    """x (*, I), first (G, m/G, I/G), second (G, O/G, m/G), bias (O,) -> (*, O).
+
+    Output s of group g lands at s G + g with ``output_shuffle``, at g O/G + s without.
+    arXiv 2406.16450, section 2.
+    """
+    num_blocks, block_hidden, block_in = first.shape
+    hidden = block_diagonal(x.reshape(-1, num_blocks, block_in), first)
+    groups = hidden.reshape(-1, block_hidden, num_blocks).transpose(1, 2)
+    if bias is not None:
+        bias = bias.view(-1, num_blocks).t() if output_shuffle else bias.view(num_blocks, -1)
+    y = block_diagonal(groups, second, bias)  # (N, G, O/G)
+    if output_shuffle:
+        y = y.transpose(1, 2)
+    return y.reshape(*x.shape[:-1], second.shape[0] * second.shape[1])
+
+
+def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:
+    """The dense weight, (O, I): for input block p and group q, the sum over their common j."""
+    num_blocks, block_hidden, _ = first.shape
+    by_hidden = second.permute(2, 0, 1).reshape(num_blocks, block_hidden, -1)  # (p, j, O/G)
+    outputs = "oqpi" if output_shuffle else "qopi"
+    grid = torch.einsum(f"psqo,psqi->{outputs}", _group_rows(by_hidden), _group_rows(first))
+    return grid.flatten(2).flatten(0, 1)
+
+
+def _group_rows(blocks: Tensor) -> Tensor:
+    """(G, m/G, k) -> (G, S, G, k): row r of block p moves to [p, :, q] with q its group.
+
+    Where G does not divide m/G the block starts in the middle of a round of groups; the rest of
+    its first and last rounds is zero.
+    """
+    num_blocks, block_hidden, _ = blocks.shape
+    if block_hidden % num_blocks == 0:
+        return blocks.unflatten(1, (-1, num_blocks))
+    starts = [p * block_hidden % num_blocks for p in range(num_blocks)]
+    length = -(-(max(starts) + block_hidden) // num_blocks) * num_blocks
+    padded = [
+        pad(block, (0, 0, start, length - start - block_hidden))
+        for start, block in zip(starts, blocks, strict=True)
+    ]
+    return torch.stack(padded).unflatten(1, (-1, num_blocks))
