@@ -10,8 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from factorlm.accounting.attention import attention_shapes
-from factorlm.anatomy import Anatomy, LinearSite, TensorSite, anatomy_of, is_linear
-from factorlm.anatomy import linear_num_params
+from factorlm.anatomy import (
+    Anatomy,
+    LinearSite,
+    TensorSite,
+    anatomy_of,
+    is_linear,
+    linear_num_params,
+)
 from factorlm.config import check
 
 

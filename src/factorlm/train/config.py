@@ -120,11 +120,6 @@ class BatchSection(Config):
         for name in ("num_steps", "num_tokens"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"batch.{name}={value} must be at least 1")
-        check(
-            (self.num_steps is None) != (self.num_tokens is None),
-            f"batch.num_steps={self.num_steps} and batch.num_tokens={self.num_tokens}: "
-            "state exactly one",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +196,7 @@ class TrainConfig(Config):
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    batch: BatchSection = field(default_factory=lambda: BatchSection(num_steps=1000))
+    batch: BatchSection = field(default_factory=BatchSection)
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
@@ -216,6 +211,13 @@ class TrainConfig(Config):
         check(
             self.model.preset is not None or self.model.init_from is not None,
             "model.preset=None: name a preset, or model.init_from",
+        )
+        # Not in BatchSection, which as a default states neither.
+        batch = self.batch
+        check(
+            (batch.num_steps is None) != (batch.num_tokens is None),
+            f"batch.num_steps={batch.num_steps} and batch.num_tokens={batch.num_tokens}: "
+            "state exactly one",
         )
         check(self.num_steps >= 1, f"batch.num_tokens={self.batch.num_tokens} is under one step")
 
