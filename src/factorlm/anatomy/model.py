@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -128,15 +128,15 @@ def module_names(model: nn.Module) -> dict[int, str]:
 
 
 @cache
-def _mixes_tokens(cls: Any) -> bool:
-    arguments = inspect.signature(cls.forward).parameters
+def _mixes_tokens(forward: Callable[..., Any]) -> bool:
+    arguments = inspect.signature(forward).parameters
     return any(_SEQUENCE_ARGUMENT.search(name) for name in arguments)
 
 
 def _mixers(block: nn.Module) -> Iterator[nn.Module]:
     """The outermost submodules of a decoder layer that mix tokens."""
     for child in block.children():
-        if _mixes_tokens(type(child)):
+        if _mixes_tokens(type(child).forward):
             yield child
         else:
             yield from _mixers(child)

@@ -8,7 +8,13 @@ from factorlm.surgery.block import (
     write_block,
 )
 from factorlm.surgery.report import SwapReport, SwapRow
-from factorlm.surgery.swap import densify_, factorize_, initializer_std, restore_buffers_
+from factorlm.surgery.swap import (
+    densify_,
+    factorize_,
+    initializer_std,
+    restore_buffers_,
+    update_block,
+)
 from factorlm.surgery.targets import StructureMap, default_multiple
 
 __all__ = [
@@ -24,5 +30,6 @@ __all__ = [
     "read_block",
     "read_structure",
     "restore_buffers_",
+    "update_block",
     "write_block",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -78,7 +77,7 @@ def factorize_(
         layer = _structured(module, configs[name], weights, std)
         rows.append(_row(name, module, layer))
         _replace(model, module, layer)
-    _update_block(model, configs)
+    update_block(model)
     return SwapReport(tuple(rows), anatomy_of(model).experts)
 
 
@@ -103,7 +102,7 @@ def densify_(model: nn.Module) -> SwapReport:
         dense = linear if stock is None else _as_stock(linear, stock.get_submodule(name))
         rows.append(_row(name, layer, dense))
         _replace(model, layer, dense)
-    _update_block(model, None)
+    update_block(model)
     return SwapReport(tuple(rows), anatomy_of(model).experts)
 
 
@@ -209,21 +208,22 @@ def _check_block(model: nn.Module) -> None:
     )
 
 
-def _update_block(model: nn.Module, configs: Mapping[str, StructureConfig] | None) -> None:
-    """Write the block for all structured layers that the model now has; None removes it."""
+def update_block(model: nn.Module) -> None:
+    """Write the ``quantization_config`` block for the structured layers that ``model`` has, or
+    remove it where there are none."""
     if not isinstance(model, PreTrainedModel):
-        return
-    if configs is None:
-        for key in ("hf_quantizer", "quantization_method"):
-            model.__dict__.pop(key, None)
-        model.config.__dict__.pop("quantization_config", None)
         return
     layers = {
         name: module.config
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear)
     }
-    model.config.quantization_config = write_block(layers)
+    if layers:
+        model.config.quantization_config = write_block(layers)
+        return
+    model.config.__dict__.pop("quantization_config", None)
+    for key in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(key, None)
 
 
 def _stock_skeleton(model: nn.Module) -> nn.Module | None:

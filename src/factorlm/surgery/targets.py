@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from factorlm.accounting import config_for_param_ratio
 from factorlm.anatomy import LinearModule, anatomy_of, is_linear, linear_sizes
 from factorlm.config import check
 from factorlm.errors import ConfigError, did_you_mean
@@ -92,7 +93,7 @@ def solve(
     sizes = linear_sizes(module)
     if param_ratio is not None:
         multiple = default_multiple(*sizes) if multiple_of is None else multiple_of
-        config = config.for_param_ratio(*sizes, param_ratio, multiple_of=multiple)
+        config = config_for_param_ratio(config, *sizes, param_ratio, multiple_of=multiple)
     config.validate(*sizes)
     return config
 

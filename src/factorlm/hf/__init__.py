@@ -1,0 +1,45 @@
+"""The Hugging Face boundary: build, initialise, load and save causal language models."""
+
+from typing import TYPE_CHECKING
+
+from factorlm.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from factorlm.hf.auto import FactorlmConfig, FactorlmQuantizer, register
+    from factorlm.hf.checkpoint import load, model_folder
+    from factorlm.hf.initialize import initialize_, materialize_
+    from factorlm.hf.models import build_causal_lm, model_config
+    from factorlm.hf.presets import PRESETS, SIZES, preset_config
+
+__all__ = [
+    "PRESETS",
+    "SIZES",
+    "FactorlmConfig",
+    "FactorlmQuantizer",
+    "build_causal_lm",
+    "initialize_",
+    "load",
+    "materialize_",
+    "model_config",
+    "model_folder",
+    "preset_config",
+    "register",
+]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "PRESETS": "presets",
+        "SIZES": "presets",
+        "FactorlmConfig": "auto",
+        "FactorlmQuantizer": "auto",
+        "build_causal_lm": "models",
+        "initialize_": "initialize",
+        "load": "checkpoint",
+        "materialize_": "initialize",
+        "model_config": "models",
+        "model_folder": "checkpoint",
+        "preset_config": "presets",
+        "register": "auto",
+    },
+)

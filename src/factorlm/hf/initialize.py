@@ -1,0 +1,170 @@
+"""Initial weights that are equal for any number of processes, any device and any dtype."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from factorlm.config import check
+from factorlm.layers import StructuredLinear
+from factorlm.surgery import initializer_std, restore_buffers_
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def materialize_(model: PreTrainedModel, *, device: torch.device | str, seed: int) -> None:
+    """Allocate a model that was built on the meta device, tie its weights again, initialise it.
+
+    Under ``fully_shard`` every rank allocates and keeps its shards alone.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    initialize_(model, seed)
+
+
+@torch.no_grad()
+def initialize_(model: PreTrainedModel, seed: int) -> None:
+    """Draw every parameter and compute every buffer of ``model`` anew, in place.
+
+    Each module is initialised whole by its own initialiser (its family's ``_init_weights``, a
+    structure's ``reset_parameters`` with the family's standard deviation), on the CPU in float32,
+    from a generator seeded by ``seed`` and the module's name. Of a ``DTensor`` each rank keeps
+    its shard. So the weights do not depend on device, dtype, wrappers or world size.
+
+    Raises ``ConfigError`` for a tensor that is still on the meta device, or that no initialiser
+    sets.
+    """
+    std = initializer_std(model)
+    drawn: set[int] = set()
+    for name, module, owner in _children_first(model, "", model):
+        if isinstance(module, StructuredLinear):
+            _initialize_structured(module, std, seed_of(seed, name), drawn)
+        else:
+            _initialize_module(module, owner, name, seed_of(seed, name), drawn)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed for one module, from the run's seed and the module's name in the saved model."""
+    saved = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    digest = hashlib.blake2b(f"{seed}/{saved}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _children_first(
+    module: nn.Module, name: str, owner: PreTrainedModel
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """(name, module, the model whose ``_init_weights`` is in charge), parents after children."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    if not isinstance(module, StructuredLinear):
+        for key, child in module.named_children():
+            yield from _children_first(child, f"{name}.{key}" if name else key, owner)
+    yield name, module, owner
+
+
+def _initialize_structured(
+    module: StructuredLinear, std: float | None, seed: int, drawn: set[int]
+) -> None:
+    whole = module.config.build(
+        module.in_features,
+        module.out_features,
+        bias=module.bias is not None,
+        device="meta",
+        dtype=torch.float32,
+    ).to_empty(device="cpu")
+    whole.reset_parameters(std=std, generator=torch.Generator().manual_seed(seed))
+    for key, parameter in module.named_parameters(recurse=False):
+        if id(parameter) not in drawn:
+            copy_whole_(parameter, whole.get_parameter(key))
+            drawn.add(id(parameter))
+    restore_buffers_(module)
+
+
+def _initialize_module(
+    module: nn.Module, owner: PreTrainedModel, name: str, seed: int, drawn: set[int]
+) -> None:
+    """Run ``owner._init_weights`` on a stand-in for ``module`` and copy what it set.
+
+    Some families set a child's weights from the parent (GPT-2 scales its residual projections).
+    A first pass holds descendants on the meta device and finds the ones that are written, a
+    second pass draws these too.
+    """
+    own = {id(tensor) for _, tensor in _tensors(module, recurse=False)}
+    stand_in = _run(module, owner, own, seed)
+    named = dict(_tensors(module, recurse=True))
+    reached = {
+        id(named[key])
+        for key, tensor in _tensors(stand_in, recurse=True)
+        if tensor.is_meta and tensor._version > 0
+    }
+    if reached:
+        stand_in = _run(module, owner, own | reached, seed)
+    for key, value in _tensors(stand_in, recurse=True):
+        target = named[key]
+        if value.is_meta or (id(target) in drawn and id(target) not in reached):
+            continue
+        _check_set(value, f"{name}.{key}" if name else key)
+        copy_whole_(target, value)
+        drawn.add(id(target))
+
+
+def _run(module: nn.Module, owner: PreTrainedModel, real: set[int], seed: int) -> nn.Module:
+    stand_in = _stand_in(module, real)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        owner._init_weights(stand_in)
+    return stand_in
+
+
+def _stand_in(module: nn.Module, real: set[int]) -> nn.Module:
+    """A copy of ``module`` with tensors of its own: unsharded, float32, on the CPU where their
+    ids are in ``real`` and on the meta device elsewhere."""
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy._parameters = {
+        key: None if tensor is None else nn.Parameter(_unset(tensor, real), requires_grad=False)
+        for key, tensor in module._parameters.items()
+    }
+    copy._buffers = {
+        key: None if tensor is None else _unset(tensor, real)
+        for key, tensor in module._buffers.items()
+    }
+    copy._modules = {
+        key: None if child is None else _stand_in(child, real)
+        for key, child in module._modules.items()
+    }
+    return copy
+
+
+def _unset(tensor: Tensor, real: set[int]) -> Tensor:
+    device = "cpu" if id(tensor) in real else "meta"
+    if tensor.is_floating_point():
+        return torch.full(tensor.shape, float("nan"), dtype=torch.float32, device=device)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _check_set(value: Tensor, name: str) -> None:
+    is_set = not value.isnan().any() if value.is_floating_point() else value._version > 0
+    check(bool(is_set), f"{name}: the model's own initialiser does not set it")
+
+
+def _tensors(module: nn.Module, *, recurse: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
+    yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
+
+
+@torch.no_grad()
+def copy_whole_(target: Tensor, source: Tensor) -> None:
+    """Copy ``source``, whole on every rank, into ``target``, which may be a sharded ``DTensor``."""
+    check(not target.is_meta, "the model is on the meta device: allocate it first")
+    if not isinstance(target, DTensor):
+        target.copy_(source)
+        return
+    shard = distribute_tensor(
+        source.to(target.dtype), target.device_mesh, target.placements, src_data_rank=None
+    )
+    target.to_local().copy_(shard.to_local())
