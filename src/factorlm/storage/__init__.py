@@ -1,0 +1,43 @@
+"""Files that are complete or absent: atomic writes, manifests with checksums, folder locks."""
+
+from factorlm.storage.atomic import (
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+    remove_folder,
+    remove_leftovers,
+    require_free_space,
+    storage_errors,
+)
+from factorlm.storage.lock import folder_lock
+from factorlm.storage.manifest import (
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    describe_file,
+    read_manifest,
+    read_sealed_json,
+    verify,
+    write_manifest,
+    write_sealed_json,
+)
+
+__all__ = [
+    "MANIFEST_FILE",
+    "FileEntry",
+    "Manifest",
+    "atomic_folder",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "describe_file",
+    "folder_lock",
+    "read_manifest",
+    "read_sealed_json",
+    "remove_folder",
+    "remove_leftovers",
+    "require_free_space",
+    "storage_errors",
+    "verify",
+    "write_manifest",
+    "write_sealed_json",
+]
