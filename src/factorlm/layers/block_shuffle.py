@@ -25,7 +25,7 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.initialization import orthogonal_polar
 from factorlm.layers.projection import balanced_svd
-from factorlm.ops.block_shuffle import block_shuffle, block_shuffle_dense
+from factorlm.ops.block_shuffle import block_shuffle, block_shuffle_dense, num_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,9 @@ class BlockShuffleConfig(StructureConfig):
         )
 
     def to_dense_flops(self, in_features: int, out_features: int) -> int:
-        """2 m O I / G²: the sub-blocks of the G x G grid have m as the sum of their ranks."""
-        first, second = self.factors(in_features, out_features)
-        return 2 * min(in_features, out_features) * second.fan_out * first.fan_in
+        """2 m O I / G² where G² divides m; otherwise what the padded sub-blocks cost."""
+        first, _ = self.factors(in_features, out_features)
+        return 2 * out_features * in_features * num_rounds(first.num_blocks, first.fan_out)
 
     def for_param_ratio(
         self, in_features: int, out_features: int, ratio: float, *, multiple_of: int = 1

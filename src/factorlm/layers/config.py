@@ -84,7 +84,7 @@ class StructureConfig(Config, ABC):
 
     @abstractmethod
     def to_dense_flops(self, in_features: int, out_features: int) -> int:
-        """FLOPs of computing the dense weight from the factors."""
+        """Matmul FLOPs of computing the dense weight from the factors."""
 
     @abstractmethod
     def for_param_ratio(

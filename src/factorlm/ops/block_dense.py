@@ -18,5 +18,5 @@ def block_dense(x: Tensor, B: Tensor, L: Tensor, bias: Tensor | None = None) -> 
 
 def block_dense_dense(B: Tensor, L: Tensor) -> Tensor:
     """The dense weight, (O, I): column panel g is L[:, panel g of R] B[g]."""
-    panels = L.unflatten(1, B.shape[:2])  # (O, G, R/G)
-    return torch.einsum("ogr,gri->ogi", panels, B).flatten(1)
+    panels = L.unflatten(1, B.shape[:2]).transpose(0, 1)  # (G, O, R/G)
+    return torch.bmm(panels, B).transpose(0, 1).flatten(1)

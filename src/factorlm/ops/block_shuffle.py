@@ -5,6 +5,8 @@ The permutation sends hidden value j of m to group j mod G, slot j div G: a resh
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -37,27 +39,38 @@ def block_shuffle(
 
 
 def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:
-    """The dense weight, (O, I): for input block p and group q, the sum over their common j."""
+    """The dense weight, (O, I): sub-block (p, q), of input block p and group q, sums over the
+    hidden values that the two share."""
     num_blocks, block_hidden, _ = first.shape
     by_hidden = second.permute(2, 0, 1).reshape(num_blocks, block_hidden, -1)  # (p, j, O/G)
-    outputs = "oqpi" if output_shuffle else "qopi"
-    grid = torch.einsum(f"psqo,psqi->{outputs}", _group_rows(by_hidden), _group_rows(first))
-    return grid.flatten(2).flatten(0, 1)
+    left = _group_rows(by_hidden).permute(0, 2, 3, 1)  # (p, q, O/G, rounds)
+    right = _group_rows(first).transpose(1, 2)  # (p, q, rounds, I/G)
+    grid = left @ right
+    grid = grid.permute(2, 1, 0, 3) if output_shuffle else grid.permute(1, 2, 0, 3)
+    return grid.reshape(second.shape[0] * second.shape[1], -1)
+
+
+def num_rounds(num_blocks: int, block_hidden: int) -> int:
+    """How many rounds of G groups a block of m/G hidden values touches: m/G² where G² divides m.
+
+    Otherwise the block that starts last in a round, at G - gcd(m/G, G), decides.
+    """
+    latest_start = num_blocks - math.gcd(block_hidden, num_blocks)
+    return -(-(latest_start + block_hidden) // num_blocks)
 
 
 def _group_rows(blocks: Tensor) -> Tensor:
-    """(G, m/G, k) -> (G, S, G, k): row r of block p moves to [p, :, q] with q its group.
+    """(G, m/G, k) -> (G, rounds, G, k): row r of block p moves to [p, :, q] with q its group.
 
-    Where G does not divide m/G the block starts in the middle of a round of groups; the rest of
-    its first and last rounds is zero.
+    Where a block starts or ends in the middle of a round, the rest of the round is zero.
     """
     num_blocks, block_hidden, _ = blocks.shape
-    if block_hidden % num_blocks == 0:
-        return blocks.unflatten(1, (-1, num_blocks))
-    starts = [p * block_hidden % num_blocks for p in range(num_blocks)]
-    length = -(-(max(starts) + block_hidden) // num_blocks) * num_blocks
-    padded = [
-        pad(block, (0, 0, start, length - start - block_hidden))
-        for start, block in zip(starts, blocks, strict=True)
-    ]
-    return torch.stack(padded).unflatten(1, (-1, num_blocks))
+    length = num_rounds(num_blocks, block_hidden) * num_blocks
+    if length > block_hidden:
+        starts = [p * block_hidden % num_blocks for p in range(num_blocks)]
+        padded = [
+            pad(block, (0, 0, start, length - start - block_hidden))
+            for start, block in zip(starts, blocks, strict=True)
+        ]
+        blocks = torch.stack(padded)
+    return blocks.unflatten(1, (-1, num_blocks))

@@ -2,6 +2,8 @@
 
 from factorlm.lazy import lazy_exports
 
-__all__ = ["run_distributed"]
+__all__ = ["StructuredLinearContract", "run_distributed"]
 
-__getattr__ = lazy_exports(__name__, {"run_distributed": "distributed"})
+__getattr__ = lazy_exports(
+    __name__, {"StructuredLinearContract": "contract", "run_distributed": "distributed"}
+)
