@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from factorlm.measure import matmul_flops_per_second, peak
+
+
+def test_measured_once_per_dtype_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak._measure.cache_clear()
+    monkeypatch.setattr(peak, "BUDGET_SECONDS", 0.0)
+    first = matmul_flops_per_second(torch.float32)
+    assert math.isfinite(first)
+    assert first > 1e6
+    assert matmul_flops_per_second(torch.float32, "cpu") == first
+    assert peak._measure.cache_info().misses == 1
+    matmul_flops_per_second(torch.bfloat16)
+    assert peak._measure.cache_info().misses == 2
+
+
+def test_rate_is_the_best_of_growing_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], []
+
+    def mm(left: torch.Tensor, right: torch.Tensor) -> None:
+        size = len(left)
+        seen.append(size)
+        now[0] += {256: 0.001, 512: 0.004, 1024: 0.064}[size]
+
+    peak._measure.cache_clear()
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(peak.torch, "mm", mm)
+    assert matmul_flops_per_second(torch.float32) == pytest.approx(2 * 512**3 / 0.004)
+    assert seen == [256, 256, 512, 512, 1024, 1024, 1024, 1024]
+    peak._measure.cache_clear()
