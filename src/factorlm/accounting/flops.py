@@ -19,6 +19,7 @@ from factorlm.anatomy import (
     linear_num_params,
 )
 from factorlm.config import check
+from factorlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def _linear_flops(sites: Iterable[LinearSite]) -> int:
 def _expert_flops(site: TensorSite, model: PreTrainedModel) -> int:
     """Of a tensor (experts, ...) in which a token uses ``num_experts_per_tok`` slices."""
     routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    check(
-        isinstance(routed, int),
-        f"num_experts_per_tok={routed}: how many experts of {site.name} a token uses is not known",
-    )
+    if not isinstance(routed, int):
+        raise ConfigError(
+            f"num_experts_per_tok={routed}: it is not known how many experts of {site.name} "
+            "a token uses"
+        )
     return 2 * site.num_params // site.shape[0] * routed
 
 

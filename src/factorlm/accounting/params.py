@@ -57,7 +57,7 @@ def count_params(model: nn.Module) -> ParamCount:
     """Count the parameters of ``model`` by part; one that is shared counts once."""
     anatomy = anatomy_of(model)
     parts = _parts(anatomy)
-    counts = dict.fromkeys((field.name for field in dataclasses.fields(ParamCount)), 0)
+    counts = {field.name: 0 for field in dataclasses.fields(ParamCount)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     if anatomy.input_embedding is not None:
         table = model.get_submodule(anatomy.input_embedding)
