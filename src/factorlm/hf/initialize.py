@@ -123,20 +123,23 @@ def _run(module: nn.Module, owner: PreTrainedModel, real: set[int], seed: int) -
 def _stand_in(module: nn.Module, real: set[int]) -> nn.Module:
     """A copy of ``module`` with tensors of its own: unsharded, float32, on the CPU where their
     ids are in ``real`` and on the meta device elsewhere."""
+    parts = {
+        "_parameters": {
+            key: None if tensor is None else nn.Parameter(_unset(tensor, real), requires_grad=False)
+            for key, tensor in module._parameters.items()
+        },
+        "_buffers": {
+            key: None if tensor is None else _unset(tensor, real)
+            for key, tensor in module._buffers.items()
+        },
+        "_modules": {
+            key: None if child is None else _stand_in(child, real)
+            for key, child in module._modules.items()
+        },
+    }
     copy: nn.Module = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy._parameters = {
-        key: None if tensor is None else nn.Parameter(_unset(tensor, real), requires_grad=False)
-        for key, tensor in module._parameters.items()
-    }
-    copy._buffers = {
-        key: None if tensor is None else _unset(tensor, real)
-        for key, tensor in module._buffers.items()
-    }
-    copy._modules = {
-        key: None if child is None else _stand_in(child, real)
-        for key, child in module._modules.items()
-    }
+    # Not by setattr, which a compiled module hands on to the module that it wraps.
+    copy.__dict__.update(module.__dict__ | parts)
     return copy
 
 

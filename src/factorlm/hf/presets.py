@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PretrainedConfig, Starcoder2Config
 
 from factorlm.errors import ConfigError, did_you_mean
@@ -96,7 +97,7 @@ def preset_config(name: str, **overrides: Any) -> PretrainedConfig:
     if size.attention_width is not None:
         fields["head_dim"] = size.attention_width // num_heads
     build = ARCHITECTURES[kind]
-    check_fields(build(fields), overrides)
+    check_fields(build({}), overrides)
     return strict(lambda: build(fields | overrides))
 
 
@@ -115,10 +116,5 @@ def strict(build: Callable[[], PretrainedConfig]) -> PretrainedConfig:
     """Run ``build``; what transformers' own checks refuse becomes a ``ConfigError``."""
     try:
         return build()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    except Exception as error:
-        # huggingface_hub's strict dataclasses raise their own types.
-        if "Strict" not in type(error).__name__:
-            raise
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
