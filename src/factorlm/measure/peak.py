@@ -8,8 +8,6 @@ import time
 import torch
 
 BUDGET_SECONDS = 0.2
-LONG_ENOUGH_SECONDS = 0.005
-"""Of one product: then what surrounds it does not count."""
 SMALLEST, LARGEST = 256, 8192
 """Rows of the square matrices that are tried."""
 
@@ -24,19 +22,34 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cp
 
 @functools.cache
 def _measure(dtype: torch.dtype, device: torch.device, num_threads: int) -> float:
-    # Numbers of its own: constants draw less power than weights do, and a run's random state is
-    # not touched.
-    generator = torch.Generator(device).manual_seed(0)
-    best, size, deadline = 0.0, SMALLEST, time.perf_counter() + BUDGET_SECONDS
-    while best == 0 or time.perf_counter() < deadline:
-        shape = (2, size, size)
-        left, right = torch.randn(shape, device=device, generator=generator).to(dtype)
-        _seconds(left, right)  # the first product of a size sets up its kernel
-        seconds = _seconds(left, right)
+    size, factors = SMALLEST, _factors(SMALLEST, dtype, device)
+    deadline = time.perf_counter() + BUDGET_SECONDS
+    best = 0.0
+    while True:
+        seconds = _seconds(*factors)
         best = max(best, 2 * size**3 / seconds)
-        if seconds < LONG_ENOUGH_SECONDS and size < LARGEST:
+        left = deadline - time.perf_counter()
+        # Small products wait more than they compute: take the largest that the budget allows.
+        if left > 2 * 8 * seconds and size < LARGEST:
             size *= 2
-    return best
+            factors = _factors(size, dtype, device)
+        elif left < seconds:
+            return best
+
+
+def _factors(
+    size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrices whose first product, which sets up its kernel, is done.
+
+    Random, since constants draw less power; from a generator of their own, which leaves a run's
+    random state alone.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2, size, size)
+    left, right = torch.randn(shape, device=device, generator=generator).to(dtype)
+    _seconds(left, right)
+    return left, right
 
 
 @torch.no_grad()
