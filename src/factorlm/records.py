@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from factorlm.errors import DataError
 from factorlm.registry import Registry
+from factorlm.storage import atomic_write_text
 
 FORMAT_VERSION = 1
 RECORDS_FILE = "records.jsonl"
@@ -139,14 +140,17 @@ class RecordFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
 
-    def size(self) -> int:
-        """Bytes written so far: a position that ``truncate`` takes."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def truncate(self, size: int) -> None:
-        """Drop every record after byte ``size``: what a resumed run is about to write again."""
-        if self.path.exists() and self.path.stat().st_size > size:
-            os.truncate(self.path, size)
+    def drop_after(self, step: int) -> None:
+        """Forget steps and evaluations after ``step``, which a resumed run does again; a
+        half-written last line goes too."""
+        if not self.path.exists():
+            return
+        kept = [
+            record
+            for record in self
+            if not isinstance(record, StepRecord | EvalRecord) or record.step <= step
+        ]
+        atomic_write_text(self.path, "".join(record.to_json() + "\n" for record in kept))
 
     def __iter__(self) -> Iterator[Record]:
         """All known records in order. A half-written last line is left out.

@@ -156,4 +156,3 @@ def retain(folder: Path, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints."""
     for path in checkpoints(folder)[:-keep]:
         remove_folder(path)
-

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -13,14 +15,50 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from factorlm.anatomy import decoder_layers
+from factorlm.config import check
 from factorlm.distributed import World
+from factorlm.hf import materialize_
 from factorlm.hf.loss import CausalLMLoss
-from factorlm.train.config import ParallelSection
+from factorlm.train.assemble import build_model
+from factorlm.train.config import ParallelSection, TrainConfig
 
 
-def wants_fsdp2(parallel: ParallelSection) -> bool:
-    """Whether parameters are sharded. One process can be an FSDP2 world of its own."""
-    return parallel.strategy == "fsdp2"
+@dataclass(frozen=True)
+class Assembled:
+    """One model, as it is saved and as it is run."""
+
+    model: PreTrainedModel
+    """The causal LM: its parameter names are those of files."""
+    loss: CausalLMLoss
+    """``model`` with its loss, on this process alone (evaluation)."""
+    module: nn.Module
+    """``loss`` with the exchange of gradients around it (training)."""
+
+
+def parallelize_model(config: TrainConfig, world: World) -> Assembled:
+    """Build the recipe's model on this process's device, sharded or replicated as it says.
+
+    The initial weights are equal for every world size and strategy.
+    """
+    parallel = config.parallel
+    sharded = parallel.strategy == "fsdp2"
+    check(not sharded or dist.is_initialized(), FSDP2_ALONE)
+    on_meta = sharded and config.model.init_from is None
+    model, _ = build_model(config, device="meta" if on_meta else world.device)
+    model.train()
+    prepare_layers(model, parallel)
+    loss = CausalLMLoss(model)
+    if sharded:
+        shard_(loss, world)
+        if on_meta:
+            materialize_(model, device=world.device, seed=config.seed)
+    return Assembled(model, loss, loss if sharded else replicate(loss, world))
+
+
+FSDP2_ALONE = (
+    "parallel.strategy='fsdp2' needs a process group: start it with "
+    "torchrun --nproc-per-node N -m factorlm train ..."
+)
 
 
 def prepare_layers(model: PreTrainedModel, parallel: ParallelSection) -> None:

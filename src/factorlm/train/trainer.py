@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +17,23 @@ from factorlm.accounting import count_params, flops_per_token
 from factorlm.config import check
 from factorlm.data import TokenDataset, TokenLoader, open_dataset
 from factorlm.distributed import World, peers_watched
-from factorlm.errors import ConfigError, InterruptedRun, NumericError
+from factorlm.errors import InterruptedRun, NumericError, StorageError
 from factorlm.eval.loss import EvalResult, evaluate_loss
 from factorlm.hf.loss import CausalLMLoss
 from factorlm.measure import environment
 from factorlm.optim import build_adamw, learning_rate_at
-from factorlm.records import EvalRecord, EventRecord, Record, RunRecord, StepRecord
-from factorlm.train.assemble import assemble
+from factorlm.records import EvalRecord, EventRecord, RunRecord, StepRecord
+from factorlm.train.assemble import build_model
 from factorlm.train.callbacks import Callback, RecordWriter
 from factorlm.train.config import TrainConfig
-from factorlm.train.metrics import perplexity, trackers
-from factorlm.train.parallelize import autocast_dtype, gradients_held
+from factorlm.train.metrics import trackers
+from factorlm.train.parallelize import autocast_dtype, gradients_held, parallelize_model
 from factorlm.train.run import RunFolder
 from factorlm.train.signals import StopFlag
-from factorlm.train.state import RunState
+from factorlm.train.state import RunState, full
+
+MAX_FAILED_SAVES = 3
+"""Checkpoints in a row that may fail (a full disk, say) before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,18 @@ class Trainer:
     def _fit(self) -> RunResult:
         with self.run.claimed(self.config, self.world):
             if self.run.is_finished(self.world):
-                self.state = self.run.finished_state()
+                self.state = RunState(step=self.config.num_steps)
                 return RunResult(self.state, self.run.path, already_finished=True)
             self._build()
             self._resume()
-            self._callbacks += trackers(self.config.tracking, self) if self.world.is_main else []
+            if self.world.is_main:
+                self._callbacks += trackers(self.config.tracking, self)
             try:
                 self._call("on_start", self._run_record)
                 if self.state.step:
                     self._event("resumed")
                 self._loop()
-                self.run.save_model("model", self.model, self.world)
+                self._save_model("model")
                 self._event("finished")
             finally:
                 self._call("on_end")
@@ -108,18 +112,18 @@ class Trainer:
     def _build(self) -> None:
         config, world = self.config, self.world
         self.dataset = open_dataset(config.data.path)
-        _check_data(config, self.dataset, world)
-        self.model = assembled = assemble(config, world)
-        self._run_record = _run_record(config, assembled.model, world)
+        check_data(config, self.dataset)
+        self._run_record = run_record(config, world)
+        assembled = parallelize_model(config, world)
         self.model, self._loss, self._module = assembled.model, assembled.loss, assembled.module
-        optimizer = config.optimizer
+        options = config.optimizer
         self.optimizer = build_adamw(
             self.model,
-            learning_rate=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            decay=optimizer.decay,
+            learning_rate=options.learning_rate,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            decay=options.decay,
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._autocast = autocast_dtype(config.parallel.precision, world.device)
@@ -134,14 +138,26 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        state = self.run.load_checkpoint(self.model, self.optimizer, self.dataset, self.world)
-        if state is not None:
-            self.state = state
+        """Go back to the newest good checkpoint, or start."""
+        self._stopping = self._save_due = False
+        self._failed_saves = 0
+        self._facts = {
+            "data": self.dataset.fingerprint,
+            "environment": {
+                "torch": torch.__version__,
+                "num_threads": torch.get_num_threads(),
+                "device": self.world.device.type,
+                "world_size": self.world.size,
+            },
+        }
+        state = self.run.load_checkpoint(self.model, self.optimizer, self._facts, self.world)
+        self.state = state or RunState()
         if self.world.is_main:
             self.run.records.drop_after(self.state.step)
-        self._saved_at, self._saved_step = time.monotonic(), self.state.step
+        self._saved_at = time.monotonic()
 
     def _loop(self) -> None:
+        """Evaluate what is due, save what is due, stop if asked, else train one step."""
         while True:
             if self._eval_due() and not self._stopping:
                 self._evaluate()
@@ -292,3 +308,78 @@ class Trainer:
             self._save_model("model-best")
             self.state = self.state.replace(best_loss=result.loss)
         self._call("on_eval", record)
+
+    def _validation_loss(self, num_tokens: int | None) -> EvalResult | None:
+        """None if a signal came; then all processes give up at the same batch."""
+        raise NotImplementedError
+
+    def _save(self) -> None:
+        """Write a checkpoint. A failure is fatal where the run stops, or the third time running."""
+        try:
+            self.run.save_checkpoint(
+                self.model,
+                self.optimizer,
+                self.state,
+                self._facts,
+                self.world,
+                keep=self.config.checkpoint.keep,
+            )
+        except StorageError as error:
+            self._failed_saves += 1
+            if self._stopping or self._failed_saves == MAX_FAILED_SAVES:
+                raise
+            self._event("save failed", error=str(error))
+        else:
+            self._failed_saves = 0
+            self._event("saved")
+        self._saved_at, self._save_due = time.monotonic(), False
+
+    def _save_model(self, name: str) -> None:
+        self.run.save_model(name, self.model, self.dataset.tokenizer_path, self.world)
+
+    # Telling -------------------------------------------------------------------------------
+
+    def _call(self, hook: str, *args: object) -> None:
+        if self.world.is_main:
+            for callback in self._callbacks:
+                getattr(callback, hook)(self, *args)
+
+    def _event(self, event: str, **detail: object) -> None:
+        self._call("on_event", EventRecord(event=event, step=self.state.step, detail=detail))
+
+
+def seed_step(seed: int, step: int, micro_batch: int) -> None:
+    """Seed dropout for one micro-batch, so that it depends on nothing that came before.
+
+    ``micro_batch`` counts over all processes: the draw does not depend on their number.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_batch)
+
+
+def check_data(config: TrainConfig, dataset: TokenDataset) -> None:
+    """Raise ``ConfigError`` where the prepared data does not fit the model."""
+    size = dataset.vocab_size
+    check(
+        config.model.vocab_size >= size or config.model.init_from is not None,
+        f"model.vocab_size={config.model.vocab_size} is under the {size} tokens of "
+        f"data.path={config.data.path}",
+    )
+
+
+def run_record(config: TrainConfig, world: World) -> RunRecord:
+    """What the run is, counted on the meta device."""
+    model, _ = build_model(config)
+    params = count_params(model)
+    flops = flops_per_token(model, config.data.context_length)
+    return RunRecord(
+        name=config.name,
+        config=config.to_dict(),
+        environment=environment(world.device) | {"world_size": world.size},
+        num_params=params.total,
+        num_ffn_params=params.ffn,
+        num_non_embedding_params=params.non_embedding,
+        forward_flops_per_token=flops.total,
+        training_flops=3 * flops.total * config.num_steps * config.tokens_per_step,
+        num_steps=config.num_steps,
+        tokens_per_step=config.tokens_per_step,
+    )
