@@ -111,7 +111,9 @@ def _check_loaded(model: nn.Module) -> None:
             continue
         for key, tensor in module.state_dict(keep_vars=True).items():
             if not getattr(tensor, "_is_hf_initialized", False):
-                raise CheckpointError(f"{name}.{key}: missing from the checkpoint")
+                raise CheckpointError(
+                    f"{name}.{key}: missing from the checkpoint, or of another shape in it"
+                )
         restore_buffers_(module)
 
 

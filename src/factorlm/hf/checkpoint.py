@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from factorlm.errors import CheckpointError, ConfigError
+from factorlm.errors import CheckpointError
 from factorlm.hf.auto import register
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,7 +43,7 @@ def load(
     """
     folder = model_folder(model)
     register()
-    try:
+    with errors_name(folder):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
@@ -49,15 +51,38 @@ def load(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            # Sizes that differ are then listed, and refused below.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except CheckpointError:
-        raise
-    except (ConfigError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    _check_complete(folder, info)
+        _check_complete(info)
     opened: PreTrainedModel = loaded.to(device)
     return opened
+
+
+def saved_config(model: str | os.PathLike[str]) -> PretrainedConfig:
+    """The config of a run's, a saved or a Hub model. Raises ``CheckpointError``."""
+    folder = model_folder(model, weights=False)
+    with errors_name(folder):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    return config
+
+
+@contextmanager
+def errors_name(folder: Path) -> Iterator[None]:
+    """Whatever reading ``folder`` raises becomes a ``CheckpointError`` that names it.
+
+    Files from elsewhere make transformers fail in many types; what this machine lacks is not
+    their fault.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def model_folder(model: str | os.PathLike[str], *, weights: bool = True) -> Path:
@@ -146,11 +171,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+def _check_complete(info: dict[str, Any]) -> None:
     """Refuse what ``from_pretrained`` only warns of."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         keys = sorted(str(key) for key in info.get(kind) or ())
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            what = kind.replace("_", " ")
-            raise CheckpointError(f"{folder}: {what}: {', '.join(keys[:3])}{more}")
+            raise CheckpointError(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}{more}")

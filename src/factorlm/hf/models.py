@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from factorlm.config import check
 from factorlm.errors import ConfigError, did_you_mean
+from factorlm.hf.checkpoint import saved_config
 from factorlm.hf.initialize import materialize_
 from factorlm.hf.presets import PRESETS, check_fields, preset_config, strict
 from factorlm.layers import StructureConfig
-from factorlm.surgery import QUANT_METHOD, StructureMap, factorize_, read_block
+from factorlm.surgery import StructureMap, factorize_, read_block
 from factorlm.surgery.targets import FilterFn
 
 
@@ -81,7 +81,11 @@ def model_config(
     """The Hugging Face config that ``build_causal_lm`` builds from; a copy, with ``overrides``."""
     if isinstance(model, str) and model in PRESETS:
         return preset_config(model, **overrides)
-    config = copy.deepcopy(model) if isinstance(model, PretrainedConfig) else _saved_config(model)
+    if isinstance(model, PretrainedConfig):
+        config = copy.deepcopy(model)
+    else:
+        _check_name(os.fspath(model))
+        config = saved_config(model)
     check_fields(config, overrides)
     if not overrides:
         return config
@@ -89,22 +93,9 @@ def model_config(
     return strict(lambda: type(config).from_dict(fields))
 
 
-def _saved_config(model: str | os.PathLike[str]) -> PretrainedConfig:
-    """The config of a folder or Hub id."""
-    from factorlm.hf.checkpoint import model_folder
-
-    name = os.fspath(model)
+def _check_name(name: str) -> None:
     if not Path(name).exists() and "/" not in name:
         raise ConfigError(
             f"model='{name}' is no preset and no folder; presets: {', '.join(PRESETS)}."
             f"{did_you_mean(name, PRESETS)}"
         )
-    folder = model_folder(name, weights=False)
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return config
-
-
-def is_structured(config: PretrainedConfig) -> bool:
-    """Whether ``config`` has a block that ``factorize_`` wrote."""
-    block: Mapping[str, Any] = config.to_dict().get("quantization_config") or {}
-    return block.get("quant_method") == QUANT_METHOD
