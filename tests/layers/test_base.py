@@ -16,6 +16,11 @@ def test_is_abstract() -> None:
         StructuredLinear(DenseConfig(), 2, 2)  # type: ignore[abstract]
 
 
+def test_memory_that_nothing_wrote_shows() -> None:
+    layer = LowRankConfig(rank=2).build(4, 5, device="meta").to_empty(device="cpu")
+    assert all(parameter.isnan().all() for parameter in layer.parameters())
+
+
 def test_weight_cannot_be_replaced() -> None:
     layer = LowRankConfig(rank=2).build(4, 4)
     with pytest.raises(KeyError, match="'weight' already exists"):

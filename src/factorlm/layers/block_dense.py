@@ -1,4 +1,4 @@
-"""block_dense: W = L blockdiag(B) (arXiv 2406.16450, section 2)."""
+"""block_dense: W = L blockdiag(B) (arXiv 2406.16450)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """block_shuffle, or Monarch: two block-diagonal factors around a permutation.
 
-arXiv 2406.16450, section 2, for rectangular weights.
+arXiv 2406.16450, for rectangular weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BlockShuffleConfig(StructureConfig):
     """G; divides I and O. None until ``for_param_ratio`` chooses it."""
     output_shuffle: bool = True
     """Spread each block's outputs over the whole output, as in the papers. Without it quality is
-    the same (arXiv 2406.16450, appendix) and a copy is saved."""
+    the same (published ablation) and a copy is saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from factorlm.ops.block_diagonal import block_diagonal
+from factorlm.ops.block_diagonal import block_diagonal, split_blocks
 
 
 def block_dense(x: Tensor, B: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (*, I), B (G, R/G, I/G), L (O, R), bias (O,) -> (*, O). arXiv 2406.16450, section 2."""
-    num_blocks, _, block_in = B.shape
-    hidden = block_diagonal(x.reshape(-1, num_blocks, block_in), B)
+    """x (*, I), B (G, R/G, I/G), L (O, R), bias (O,) -> (*, O). arXiv 2406.16450."""
+    hidden = block_diagonal(split_blocks(x, B), B)
     return linear(hidden.reshape(*x.shape[:-1], L.shape[1]), L, bias)
 
 

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def split_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x (*, G a), blocks (G, b, a) -> (N, G, a), N the number of tokens."""
+    split = (blocks.shape[0], blocks.shape[2])
+    return x.unflatten(-1, split).reshape(-1, *split)  # unflatten refuses another width
+
+
 def block_diagonal(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, G, a), blocks (G, b, a), bias (G, b) -> (N, G, b): y[n, g] = blocks[g] x[n, g].
 

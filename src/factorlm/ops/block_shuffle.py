@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from factorlm.ops.block_diagonal import block_diagonal
+from factorlm.ops.block_diagonal import block_diagonal, split_blocks
 
 
 def block_shuffle(
@@ -25,10 +25,10 @@ def block_shuffle(
     """x (*, I), first (G, m/G, I/G), second (G, O/G, m/G), bias (O,) -> (*, O).
 
     Output s of group g lands at s G + g with ``output_shuffle``, at g O/G + s without.
-    arXiv 2406.16450, section 2.
+    arXiv 2406.16450.
     """
-    num_blocks, block_hidden, block_in = first.shape
-    hidden = block_diagonal(x.reshape(-1, num_blocks, block_in), first)
+    num_blocks, block_hidden, _ = first.shape
+    hidden = block_diagonal(split_blocks(x, first), first)
     groups = hidden.reshape(-1, block_hidden, num_blocks).transpose(1, 2)
     if bias is not None:
         bias = bias.view(-1, num_blocks).t() if output_shuffle else bias.view(num_blocks, -1)

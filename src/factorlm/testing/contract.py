@@ -6,6 +6,9 @@
         def best_residual(self, config, weight):  # an independent truth, e.g. by NumPy
             return (numpy.linalg.svd(weight, compute_uv=False)[config.rank :] ** 2).sum()
 
+Tests that take seconds carry the marker ``slow``: declare it, and leave them out by
+``-m "not slow"``.
+
 A structure that is consistent with itself, counts itself rightly and projects optimally passes.
 That it is the matrix that you meant is for a test of your own to say.
 """

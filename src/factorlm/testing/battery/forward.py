@@ -43,6 +43,12 @@ class ForwardTests(StructureCases):
         x = draw(case[1], 4, 6).permute(2, 1, 0)[::2]
         assert_close(layer(x), layer(x.contiguous()), rtol=1e-12, atol=1e-12)
 
+    def test_forward_refuses_another_width(self, case: Case) -> None:
+        layer = build(case)
+        for width in (case[1] + 1, 2 * case[1]):
+            with pytest.raises(RuntimeError):
+                layer(draw(4, width))
+
     @pytest.mark.parametrize("tokens", [0, 5])
     def test_gradients_are_those_of_the_dense_path(self, case: Case, tokens: int) -> None:
         layer = build(case)
