@@ -1,0 +1,126 @@
+"""``factorlm describe``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from factorlm.cli import describe
+from factorlm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PAPERS = ROOT / "recipes" / "papers"
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    describe.add_arguments(parser)
+    args, extra = parser.parse_known_args([str(argument) for argument in arguments])
+    return describe.run(args, extra)
+
+
+def test_json_has_every_number(capsys):
+    assert run(PAPERS / "m_low_rank_32.yaml", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["name"] == "m_low_rank_32"
+    assert values["num_weight_params"] == 202_113_024
+    assert values["num_params"] - values["num_weight_params"] == (
+        values["num_params_by_part"]["norm"] + values["num_params_by_part"]["bias"]
+    )
+    assert values["num_params"] == sum(values["num_params_by_part"].values())
+    assert values["forward_flops_per_token"] == sum(
+        values["forward_flops_per_token_by_part"].values()
+    )
+    assert values["num_tokens"] == 12779 * 512 * 1024
+    assert values["training_flops"] == 3 * values["forward_flops_per_token"] * values["num_tokens"]
+    assert values["memory"]["weights_bytes"] == 4 * values["num_params"]
+    assert values["swaps"]["num_layers"] == 46
+    assert [group["num_layers"] for group in values["swaps"]["groups"]] == [23, 23]
+    assert values["swaps"]["param_ratio"] == 0.3125
+
+
+def test_a_dense_model_has_no_swaps(capsys):
+    run(PAPERS / "s_dense.yaml", "--json")
+    values = json.loads(capsys.readouterr().out)
+    assert values["structure"] == {}
+    assert values["swaps"] is None
+
+
+def test_every_json_key_is_documented(capsys):
+    run(PAPERS / "s_low_rank_32.yaml", "--json")
+    values = json.loads(capsys.readouterr().out)
+    page = (ROOT / "docs" / "reference" / "describe.md").read_text()
+    documented = set(re.findall(r"^\| `([\w.]+)`", page, flags=re.MULTILINE))
+    keys = {*values}
+    for section in ("num_params_by_part", "forward_flops_per_token_by_part", "memory", "swaps"):
+        keys |= {f"{section}.{key}" for key in values[section]}
+    keys |= {f"swaps.groups.{key}" for key in values["swaps"]["groups"][0]}
+    assert documented == keys
+
+
+def test_overrides_change_what_is_described(capsys):
+    run(
+        PAPERS / "s_low_rank_32.yaml",
+        "--json",
+        "--structure.rank",
+        384,
+        "--batch.num_tokens",
+        10**7,
+    )
+    values = json.loads(capsys.readouterr().out)
+    assert values["num_ffn_params"] == 37_158_912
+    assert values["num_steps"] == 19
+
+
+def test_the_table_shows_the_same_numbers(capsys):
+    run(PAPERS / "s_low_rank_32.yaml")
+    text = capsys.readouterr().out
+    for number in ("73,947,648", "73,826,304", "20,938,752", "1.224e+18", "4,196", "31.25%"):
+        assert number in text, number
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--structure.rnak", "3"], "unknown key 'structure.rnak'. Did you mean 'rank'"),
+        (["--structure.rank", "9999"], "structure: .*rank=9999 exceeds"),
+        (["--structure.structure", "lowrank"], "unknown structure 'lowrank'.*'low_rank'"),
+        (["--model.preset", "gpt_z"], "model: .*gpt_z.*'gpt_s'"),
+        (["--model.overrides", "{hidden_sise: 3}"], "'hidden_sise' is not a field.*'hidden_size'"),
+        (["--btch.num_tokens", "3"], "unknown key 'btch.num_tokens'.*'batch.num_tokens'"),
+        (["--data.context_length", "4096"], "data.context_length=4096 exceeds"),
+    ],
+)
+def test_a_bad_recipe_names_field_and_nearest_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        run(PAPERS / "s_low_rank_32.yaml", *override)
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(ConfigError, match="nothing.yaml"):
+        run("nothing.yaml")
+
+
+def test_xl_needs_no_memory_for_its_weights():
+    """743M parameters are 3 GB; the process may use 1.5 GB for torch and transformers."""
+    code = (
+        "import argparse\n"
+        "from factorlm.cli import describe\n"
+        f"args = argparse.Namespace(recipe={str(PAPERS / 'xl_low_rank_32.yaml')!r}, json=True)\n"
+        "describe.run(args, [])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak_kib * 1024 < 1.5e9
+
+
+def test_importing_the_command_imports_no_torch():
+    code = "import sys, factorlm.cli.describe; assert not {'torch', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
