@@ -11,8 +11,21 @@ from typing import TYPE_CHECKING
 from factorlm.lazy import lazy_exports, when_imported
 
 if TYPE_CHECKING:
-    from factorlm.hf import build_causal_lm, load
+    from factorlm.accounting import (
+        config_for_param_ratio,
+        count_params,
+        flops_per_token,
+        training_flops,
+    )
+    from factorlm.hf import (
+        build_causal_lm,
+        load,
+    )
     from factorlm.layers import (
+        BlockDenseConfig,
+        BlockDenseLinear,
+        BlockShuffleConfig,
+        BlockShuffleLinear,
         DenseConfig,
         DenseLinear,
         Factor,
@@ -21,41 +34,88 @@ if TYPE_CHECKING:
         StructureConfig,
         StructuredLinear,
     )
-    from factorlm.surgery import StructureMap, SwapReport, densify_, factorize_
+    from factorlm.records import (
+        RecordFile,
+        RunRecord,
+    )
+    from factorlm.surgery import (
+        StructureMap,
+        SwapReport,
+        densify_,
+        factorize_,
+    )
+    from factorlm.train import (
+        TrainConfig,
+        load_recipe,
+    )
+    from factorlm.train.callbacks import (
+        Callback,
+    )
+    from factorlm.train.trainer import (
+        Trainer,
+    )
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BlockDenseConfig": "layers",
+    "BlockDenseLinear": "layers",
+    "BlockShuffleConfig": "layers",
+    "BlockShuffleLinear": "layers",
+    "Callback": "train.callbacks",
     "DenseConfig": "layers",
     "DenseLinear": "layers",
     "Factor": "layers",
     "LowRankConfig": "layers",
     "LowRankLinear": "layers",
+    "RecordFile": "records",
+    "RunRecord": "records",
     "StructureConfig": "layers",
     "StructureMap": "surgery",
     "StructuredLinear": "layers",
     "SwapReport": "surgery",
+    "TrainConfig": "train",
+    "Trainer": "train.trainer",
     "build_causal_lm": "hf",
+    "config_for_param_ratio": "accounting",
+    "count_params": "accounting",
     "densify_": "surgery",
     "factorize_": "surgery",
+    "flops_per_token": "accounting",
     "load": "hf",
+    "load_recipe": "train",
+    "training_flops": "accounting",
 }
 
 __all__ = [
+    "BlockDenseConfig",
+    "BlockDenseLinear",
+    "BlockShuffleConfig",
+    "BlockShuffleLinear",
+    "Callback",
     "DenseConfig",
     "DenseLinear",
     "Factor",
     "LowRankConfig",
     "LowRankLinear",
+    "RecordFile",
+    "RunRecord",
     "StructureConfig",
     "StructureMap",
     "StructuredLinear",
     "SwapReport",
+    "TrainConfig",
+    "Trainer",
     "__version__",
     "build_causal_lm",
+    "config_for_param_ratio",
+    "count_params",
     "densify_",
     "factorize_",
+    "flops_per_token",
     "load",
+    "load_recipe",
+    "training_flops",
 ]
 
 __getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -203,6 +203,21 @@ def test_code_beside_the_weights_is_not_run(folder: Path) -> None:
     assert not (folder / "sang").exists()
 
 
+def test_kernels_from_the_hub_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"attn_implementation": "a/b"}, {"text": {"attn_implementation": "a/b:c"}}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=r"attn_implementation='a/b.*from the Hub"):
+            load(folder)
+
+
+def test_an_adapter_is_refused(folder: Path) -> None:
+    """transformers would load the base model that it names, wherever that is."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: an adapter"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_no_such_folder(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"{name}: no such folder".replace("./", "")):

@@ -44,6 +44,7 @@ def load(
     folder = model_folder(model)
     register()
     with errors_name(folder):
+        _check_config(folder)
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
@@ -151,6 +152,24 @@ def check_files(folder: Path, root: Path, *, weights: bool = True) -> None:
             raise CheckpointError(f"{index}: '{name}' is not the plain name of a safetensors file")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: '{name}' is not in the folder")
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse a model folder that sends transformers elsewhere: to a base model or for a kernel."""
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError("adapter_config.json: an adapter, not a model; merge it first")
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key, value in _fields(fields):
+        if key.endswith("_implementation") and "/" in str(value):
+            raise CheckpointError(f"config.json: {key}={value!r} would load code from the Hub")
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of nested JSON objects."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key, item
+            yield from _fields(item)
 
 
 def _other(folder: Path) -> str:
