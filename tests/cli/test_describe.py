@@ -104,7 +104,7 @@ def test_a_bad_recipe_names_field_and_nearest_key(override, message):
 
 
 def test_a_missing_recipe_is_named():
-    with pytest.raises(ConfigError, match="nothing.yaml"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         run("nothing.yaml")
 
 

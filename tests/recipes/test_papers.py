@@ -1,4 +1,4 @@
-"""The papers' runs as recipes give every count that the papers print (arXiv 2407.09835, 2406.16450).
+"""The papers' runs as recipes give every count that arXiv 2407.09835 and 2406.16450 print.
 
 Numbers are written here as they are printed; a computed one must round to the same digits.
 """

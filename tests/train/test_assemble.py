@@ -139,7 +139,7 @@ def test_a_structured_model_keeps_its_structure(tmp_path):
 
 def test_a_loaded_architecture_cannot_be_overridden(folder):
     config = from_folder(folder, overrides={"num_hidden_layers": 2})
-    with pytest.raises(ConfigError, match="model.overrides=.*model.init_from"):
+    with pytest.raises(ConfigError, match=r"model\.overrides=.*model\.init_from"):
         build_model(config, device="cpu")
 
 

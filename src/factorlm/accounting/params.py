@@ -72,7 +72,8 @@ def _parts(anatomy: Anatomy) -> dict[str, str]:
     tables = (anatomy.input_embedding, *anatomy.other_embeddings)
     parts = {name: "embedding" for name in tables if name is not None}
     parts |= {site.name: "attention" for site in anatomy.attention_linears}
-    parts |= {site.name: "ffn" for site in (*anatomy.ffn_linears, *anatomy.experts)}
+    parts |= {site.name: "ffn" for site in anatomy.ffn_linears}
+    parts |= {site.name: "ffn" for site in anatomy.experts}
     parts |= dict.fromkeys(anatomy.norms, "norm")
     if anatomy.head is not None:
         parts[anatomy.head] = "head"
