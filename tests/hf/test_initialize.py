@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from factorlm.anatomy import decoder_layers
 from factorlm.errors import ConfigError
@@ -115,10 +115,25 @@ def test_wrappers_are_left_out_of_names() -> None:
         assert torch.equal(parameter, value)
 
 
+def test_what_constructors_alone_set_comes_from_them() -> None:
+    """The first GPT leaves its Conv1D weights to the constructor; Apertus its activation."""
+    config = CONFIG_MAPPING["openai-gpt"](vocab_size=99, n_embd=64, n_layer=3, n_head=4)
+    model = build_causal_lm(config, LowRankConfig(rank=4), seed=3)
+    assert same(model, build_causal_lm(config, LowRankConfig(rank=4), seed=3))
+    weights = [block.attn.c_attn.weight.detach() for block in model.transformer.h]
+    for weight in weights:
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(weights[0], weights[1])
+    other = build_causal_lm(config, LowRankConfig(rank=4), seed=4)
+    assert not torch.equal(other.transformer.h[0].attn.c_attn.weight, weights[0])
+
+
 def test_a_parameter_that_nothing_sets_is_refused() -> None:
     model = build("llama", device="meta")
     model.model.layers[0].gain = nn.Parameter(torch.empty(3, device="meta"))
-    with pytest.raises(ConfigError, match=r"model\.layers\.0\.gain: .*does not set it"):
+    with pytest.raises(
+        ConfigError, match=r"model\.layers\.0\.gain: nothing in the .* initialises it"
+    ):
         materialize_(model, device="cpu", seed=0)
 
 

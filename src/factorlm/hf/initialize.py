@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from factorlm.config import check
 from factorlm.layers import StructuredLinear
-from factorlm.surgery import initializer_std, restore_buffers_
+from factorlm.surgery import initializer_std, restore_buffers_, stock_model
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -36,23 +36,32 @@ def initialize_(model: PreTrainedModel, seed: int) -> None:
     from a generator seeded by ``seed`` and the module's name. Of a ``DTensor`` each rank keeps
     its shard. So the weights do not depend on device, dtype, wrappers or world size.
 
+    Some families set a few tensors in constructors alone; for these the whole model is built once
+    more on the CPU of every rank.
+
     Raises ``ConfigError`` for a tensor that is still on the meta device, or that no initialiser
     sets.
     """
     std = initializer_std(model)
     drawn: set[int] = set()
+    unset: dict[str, Tensor] = {}
     for name, module, owner in _children_first(model, "", model):
         if isinstance(module, StructuredLinear):
             _initialize_structured(module, std, seed_of(seed, name), drawn)
         else:
-            _initialize_module(module, owner, name, seed_of(seed, name), drawn)
+            unset |= _initialize_module(module, owner, name, seed_of(seed, name), drawn)
+    if unset:
+        _copy_constructed(model, seed, unset)
 
 
 def seed_of(seed: int, name: str) -> int:
     """A seed for one module, from the run's seed and the module's name in the saved model."""
-    saved = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    digest = hashlib.blake2b(f"{seed}/{saved}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{_saved_name(name)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _saved_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _children_first(
@@ -86,8 +95,9 @@ def _initialize_structured(
 
 def _initialize_module(
     module: nn.Module, owner: PreTrainedModel, name: str, seed: int, drawn: set[int]
-) -> None:
-    """Run ``owner._init_weights`` on a stand-in for ``module`` and copy what it set.
+) -> dict[str, Tensor]:
+    """Run ``owner._init_weights`` on a stand-in for ``module``, copy what it set, and return the
+    module's own tensors that it did not set, by name.
 
     Some families set a child's weights from the parent (GPT-2 scales its residual projections).
     A first pass holds descendants on the meta device and finds the ones that are written, a
@@ -103,13 +113,17 @@ def _initialize_module(
     }
     if reached:
         stand_in = _run(module, owner, own | reached, seed)
+    unset = {}
     for key, value in _tensors(stand_in, recurse=True):
         target = named[key]
         if value.is_meta or (id(target) in drawn and id(target) not in reached):
             continue
-        _check_set(value, f"{name}.{key}" if name else key)
-        copy_whole_(target, value)
         drawn.add(id(target))
+        if _is_set(value):
+            copy_whole_(target, value)
+        else:
+            unset[f"{name}.{key}" if name else key] = target
+    return unset
 
 
 def _run(module: nn.Module, owner: PreTrainedModel, real: set[int], seed: int) -> nn.Module:
@@ -150,9 +164,19 @@ def _unset(tensor: Tensor, real: set[int]) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def _check_set(value: Tensor, name: str) -> None:
-    is_set = not value.isnan().any() if value.is_floating_point() else value._version > 0
-    check(bool(is_set), f"{name}: the model's own initialiser does not set it")
+def _is_set(value: Tensor) -> bool:
+    return not bool(value.isnan().any()) if value.is_floating_point() else value._version > 0
+
+
+def _copy_constructed(model: PreTrainedModel, seed: int, unset: dict[str, Tensor]) -> None:
+    """Fill ``unset`` with what the constructors of the model's family give."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed_of(seed, ""))
+        constructed = dict(_tensors(stock_model(model).float(), recurse=True))
+    for name, target in unset.items():
+        saved = _saved_name(name)
+        check(saved in constructed, f"{name}: nothing in the model's own code initialises it")
+        copy_whole_(target, constructed[saved])
 
 
 def _tensors(module: nn.Module, *, recurse: bool) -> Iterator[tuple[str, Tensor]]:

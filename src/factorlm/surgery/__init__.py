@@ -13,6 +13,7 @@ from factorlm.surgery.swap import (
     factorize_,
     initializer_std,
     restore_buffers_,
+    stock_model,
     update_block,
 )
 from factorlm.surgery.targets import StructureMap, default_multiple
@@ -30,6 +31,7 @@ __all__ = [
     "read_block",
     "read_structure",
     "restore_buffers_",
+    "stock_model",
     "update_block",
     "write_block",
 ]

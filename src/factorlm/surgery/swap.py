@@ -95,7 +95,10 @@ def densify_(model: nn.Module) -> SwapReport:
     }
     check(bool(layers), f"{type(model).__name__} has no structured layer")
     check("" not in layers, f"the model itself is a {type(model).__name__}: use to_linear")
-    stock = _stock_skeleton(model)
+    stock = None
+    if isinstance(model, PreTrainedModel):
+        with torch.device("meta"):
+            stock = stock_model(model)
     rows = []
     for name, layer in layers.items():
         linear = layer.to_linear()
@@ -139,7 +142,7 @@ def _structured(
     """A structured layer in the place of ``module``: same sizes, bias, device, dtype, mode."""
     parameter = next(module.parameters())
     bias = dense_bias(module)
-    layer = empty_layer(config, module, device=parameter.device, dtype=parameter.dtype)
+    layer = _empty_layer(config, module, device=parameter.device, dtype=parameter.dtype)
     if weights == "reset":
         layer.reset_parameters(std=std)
     elif weights == "project" and not parameter.is_meta:
@@ -150,7 +153,7 @@ def _structured(
     return layer.requires_grad_(parameter.requires_grad)
 
 
-def empty_layer(
+def _empty_layer(
     config: StructureConfig, like: LinearModule, *, device: torch.device, dtype: torch.dtype
 ) -> StructuredLinear:
     """The structured layer that replaces ``like``, its parameters allocated and not drawn."""
@@ -226,15 +229,12 @@ def update_block(model: nn.Module) -> None:
         model.__dict__.pop(key, None)
 
 
-def _stock_skeleton(model: nn.Module) -> nn.Module | None:
-    """The same architecture as its family builds it, on the meta device."""
-    if not isinstance(model, PreTrainedModel):
-        return None
+def stock_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture as its family builds it, dense, on the current default device."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        skeleton: nn.Module = type(model)(config)
-    return skeleton
+    built: PreTrainedModel = type(model)(config)
+    return built
 
 
 @torch.no_grad()
