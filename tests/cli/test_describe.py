@@ -108,6 +108,7 @@ def test_a_missing_recipe_is_named():
         run("nothing.yaml")
 
 
+@pytest.mark.slow
 def test_xl_needs_no_memory_for_its_weights():
     """743M parameters are 3 GB; the process may use 1.5 GB for torch and transformers."""
     code = (

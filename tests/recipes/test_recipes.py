@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from factorlm.data.sources import open_source
 from factorlm.layers import STRUCTURES, StructuredLinear
 from factorlm.train.assemble import build_model
 from factorlm.train.recipe import load_recipe
@@ -37,6 +38,9 @@ def test_says_where_its_data_comes_from(path):
     assert data.path
     assert data.source
     assert data.tokenizer
+    for spec in data.source:
+        if "/" in spec:
+            assert open_source(spec).parts[0].size is None, "not read as a dataset of the Hub"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))

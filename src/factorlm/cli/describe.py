@@ -57,18 +57,21 @@ def print_description(description: Description, console: Console) -> None:
 def _costs(description: Description) -> Table:
     config, params, training = description.config, description.params, description.training
     table = _table("run", "")
-    for name, value in {
+    rows = {
         "parameters": f"{params.total:,}",
         "  without biases and norms": f"{params.weights:,}",
         "  without embedding and head": f"{params.non_embedding:,}",
         "  of the FFN": f"{params.ffn:,}",
         "forward FLOPs per token": f"{description.forward.total:,}",
         "training FLOPs (3 x forward x tokens)": f"{training.model_flops:.4g}",
-        "  with recomputation": f"{training.executed_flops:.4g}",
+        "  with recomputed activations": f"{training.executed_flops:.4g}",
         "steps": f"{config.num_steps:,}",
         "tokens per step": f"{config.tokens_per_step:,}",
         "tokens": f"{description.num_tokens:,}",
-    }.items():
+    }
+    if training.executed_flops == training.model_flops:
+        del rows["  with recomputed activations"]
+    for name, value in rows.items():
         table.add_row(name, value)
     return table
 
@@ -121,7 +124,7 @@ def _swaps(description: Description) -> Table:
         row = group.row
         table.add_row(
             f"{group.num_layers} x {'.'.join(row.name.split('.')[-2:])} -> {row.after_kind}",
-            f"{row.in_features} x {row.out_features}",
+            f"{row.in_features}x{row.out_features}",
             f"{row.before_params:,}",
             f"{row.after_params:,}",
             f"{row.param_ratio:.2%}",

@@ -16,11 +16,11 @@ from factorlm.layers import STRUCTURES
 from factorlm.surgery import SwapReport, factorize_, read_structure
 from factorlm.train.config import ModelSection, TrainConfig
 
-_OPTIONS: Mapping[str, type | tuple[type, ...]] = {
+_OPTIONS: Mapping[str, type] = {
     "structure": str,
     "version": int,
     "layers": dict,
-    "param_ratio": (int, float),
+    "param_ratio": float,
     "multiple_of": int,
     "keep_first_dense": bool,
 }
@@ -96,21 +96,23 @@ def _check_length(model: PreTrainedModel, context_length: int) -> None:
 def _check_section(section: Mapping[str, Any]) -> None:
     """Refuse keys and types that the section cannot have, naming the nearest key that it can."""
     kind = section.get("structure")
-    if kind is not None and kind not in STRUCTURES:
-        check(isinstance(kind, str), f"structure.structure={kind!r} must be a name")
-        STRUCTURES[kind]  # raises, naming the known ones
-    fields = () if kind is None else STRUCTURES[kind].__dataclass_fields__
-    known = {*_OPTIONS, *fields}
+    if section and (kind is not None or "layers" not in section):
+        known_kinds = ", ".join(STRUCTURES)
+        check(isinstance(kind, str), f"structure.structure={kind!r} must name one of {known_kinds}")
+        STRUCTURES[str(kind)]  # raises for a name that is not known
+    known = {*_OPTIONS, *(() if kind is None else STRUCTURES[kind].__dataclass_fields__)}
     for key, value in section.items():
-        if key not in known and (kind is not None or "layers" in section):
+        if key not in known:
             raise ConfigError(f"unknown key 'structure.{key}'.{did_you_mean(key, known)}")
-        expected = _OPTIONS.get(key)
-        if expected is None or value is None:
-            continue
-        is_flag = isinstance(value, bool) and expected is not bool
-        if is_flag or not isinstance(value, expected):
-            names = expected.__name__ if isinstance(expected, type) else "number"
-            raise ConfigError(f"structure.{key}={value!r} must be of type {names}")
+        if value is not None and key in _OPTIONS:
+            _check_type(key, value, _OPTIONS[key])
+
+
+def _check_type(key: str, value: object, expected: type) -> None:
+    """``value`` is of type ``expected``; an int is a float too, but a bool is no number."""
+    accepted = (int, float) if expected is float else expected
+    fits = isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
+    check(fits, f"structure.{key}={value!r} must be of type {expected.__name__}")
 
 
 @contextmanager
