@@ -79,6 +79,23 @@ def test_overrides_change_what_is_described(capsys):
     assert values["num_steps"] == 19
 
 
+def test_recomputed_activations_cost_flops_and_save_memory(capsys):
+    flag = "--parallel.activation_checkpointing"
+    described = []
+    for value in ("false", "true"):
+        run(PAPERS / "s_low_rank_32.yaml", "--json", flag, value)
+        described.append(json.loads(capsys.readouterr().out))
+    plain, recomputed = described
+    parts = plain["forward_flops_per_token_by_part"]
+    again = parts["attention_projections"] + parts["attention_scores"] + parts["ffn"]
+    assert plain["executed_training_flops"] == plain["training_flops"]
+    assert recomputed["training_flops"] == plain["training_flops"]
+    extra = recomputed["executed_training_flops"] - plain["training_flops"]
+    assert extra == again * plain["num_tokens"]
+    saved = [values["memory"]["activations_bytes"] for values in (plain, recomputed)]
+    assert saved[1] < saved[0] / 5
+
+
 def test_the_table_shows_the_same_numbers(capsys):
     run(PAPERS / "s_low_rank_32.yaml")
     text = capsys.readouterr().out
@@ -95,6 +112,8 @@ def test_the_table_shows_the_same_numbers(capsys):
         (["--model.preset", "gpt_z"], "model: .*gpt_z.*'gpt_s'"),
         (["--model.overrides", "{hidden_sise: 3}"], "'hidden_sise' is not a field.*'hidden_size'"),
         (["--btch.num_tokens", "3"], "unknown key 'btch.num_tokens'.*'batch.num_tokens'"),
+        (["--batch.num_steps", "5"], "batch.num_steps=5 and batch.num_tokens=.*exactly one"),
+        (["--batch.num_tokens", "null"], "batch.num_steps=None and .*exactly one"),
         (["--data.context_length", "4096"], "data.context_length=4096 exceeds"),
     ],
 )

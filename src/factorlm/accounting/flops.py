@@ -67,7 +67,8 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> FlopCount:
     Two for each weight of a linear (for each factor's, in a structured one), and
     2 seq_len (query_width + value_width) a layer for attention scores: the full square, not halved
     for causality nor cut to a sliding window. Norms, activations, rotary embeddings, biases and
-    the embedding's look-up are free, convolutions and recurrent scans are not counted. For the
+    the embedding's look-up are free; convolutions and recurrent scans are not counted, and a module
+    that the model runs more than once counts once. For the
     papers' GPT, per sequence of S tokens, this is
     2L(2·S·a·H + 2·S·(a/n_q)·n_kv·H + 2·S²·a) + 2·P_ffn·S + 2·S·V·H, a the attention width.
 
