@@ -34,6 +34,8 @@ class FactorlmQuantizer(HfQuantizer):
     """Puts structured layers into a model before its weights are loaded."""
 
     quantization_config: FactorlmConfig
+    shapes: Mapping[str, Any]
+    """Of the model's tensors, before weights are loaded."""
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Factors are saved like any weight."""
@@ -60,12 +62,13 @@ class FactorlmQuantizer(HfQuantizer):
         if self.pre_quantized:
             structures = read_block(self.quantization_config.to_dict())
             factorize_(model, _named_as_in(model, structures), weights="empty")
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from factorlm.surgery import factorize_, read_block, update_block
 
         if self.pre_quantized:
-            _check_loaded(model)
+            _check_loaded(model, self.shapes)
         else:
             factorize_(model, read_block(self.quantization_config.to_dict()))
         # transformers put its own object in the place of the plain block.
@@ -97,15 +100,23 @@ def _named_as_in(model: Any, structures: Any) -> Any:
     return type(structures)({here(name): rule for name, rule in structures.rules.items()})
 
 
-def _check_loaded(model: nn.Module) -> None:
-    """Raise ``CheckpointError`` for factors that no file held, and restore computed buffers.
+def _check_loaded(model: nn.Module, shapes: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` for tensors of another shape than ``shapes`` and for factors that
+    no file held, and compute the buffers that no file holds.
 
-    transformers leaves both as they were allocated: garbage.
+    Where there is a quantizer, older versions of transformers check no shape, and all leave absent
+    tensors as they were allocated: garbage.
     """
     from factorlm.errors import CheckpointError
     from factorlm.layers import StructuredLinear
     from factorlm.surgery import restore_buffers_
 
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != shapes[name]:
+            raise CheckpointError(
+                f"{name}: of another shape in the checkpoint, {tuple(tensor.shape)} in place of "
+                f"{tuple(shapes[name])}"
+            )
     for name, module in model.named_modules():
         if not isinstance(module, StructuredLinear):
             continue
