@@ -17,10 +17,9 @@ if TYPE_CHECKING:
         flops_per_token,
         training_flops,
     )
-    from factorlm.hf import (
-        build_causal_lm,
-        load,
-    )
+    from factorlm.data import PrepareConfig, TokenDataset, TokenLoader, open_dataset, prepare
+    from factorlm.eval import evaluate_loss
+    from factorlm.hf import build_causal_lm, load
     from factorlm.layers import (
         BlockDenseConfig,
         BlockDenseLinear,
@@ -34,26 +33,11 @@ if TYPE_CHECKING:
         StructureConfig,
         StructuredLinear,
     )
-    from factorlm.records import (
-        RecordFile,
-        RunRecord,
-    )
-    from factorlm.surgery import (
-        StructureMap,
-        SwapReport,
-        densify_,
-        factorize_,
-    )
-    from factorlm.train import (
-        TrainConfig,
-        load_recipe,
-    )
-    from factorlm.train.callbacks import (
-        Callback,
-    )
-    from factorlm.train.trainer import (
-        Trainer,
-    )
+    from factorlm.records import RecordFile, RunRecord
+    from factorlm.surgery import StructureMap, SwapReport, densify_, factorize_
+    from factorlm.train import TrainConfig, load_recipe
+    from factorlm.train.callbacks import Callback
+    from factorlm.train.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -68,22 +52,28 @@ _EXPORTS = {
     "Factor": "layers",
     "LowRankConfig": "layers",
     "LowRankLinear": "layers",
+    "PrepareConfig": "data",
     "RecordFile": "records",
     "RunRecord": "records",
     "StructureConfig": "layers",
     "StructureMap": "surgery",
     "StructuredLinear": "layers",
     "SwapReport": "surgery",
+    "TokenDataset": "data",
+    "TokenLoader": "data",
     "TrainConfig": "train",
     "Trainer": "train.trainer",
     "build_causal_lm": "hf",
     "config_for_param_ratio": "accounting",
     "count_params": "accounting",
     "densify_": "surgery",
+    "evaluate_loss": "eval",
     "factorize_": "surgery",
     "flops_per_token": "accounting",
     "load": "hf",
     "load_recipe": "train",
+    "open_dataset": "data",
+    "prepare": "data",
     "training_flops": "accounting",
 }
 
@@ -98,12 +88,15 @@ __all__ = [
     "Factor",
     "LowRankConfig",
     "LowRankLinear",
+    "PrepareConfig",
     "RecordFile",
     "RunRecord",
     "StructureConfig",
     "StructureMap",
     "StructuredLinear",
     "SwapReport",
+    "TokenDataset",
+    "TokenLoader",
     "TrainConfig",
     "Trainer",
     "__version__",
@@ -111,10 +104,13 @@ __all__ = [
     "config_for_param_ratio",
     "count_params",
     "densify_",
+    "evaluate_loss",
     "factorize_",
     "flops_per_token",
     "load",
     "load_recipe",
+    "open_dataset",
+    "prepare",
     "training_flops",
 ]
 

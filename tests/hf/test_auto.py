@@ -138,6 +138,19 @@ def test_dequantize_is_densify(tmp_path: Path) -> None:
     assert "quantization_config" not in (tmp_path / "dense/config.json").read_text()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "phi3", "qwen2_moe"])
+def test_the_dense_export_is_the_familys_own_checkpoint(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    densify_(model)
+    model.save_pretrained(tmp_path / "ours")
+    tiny_model(family).save_pretrained(tmp_path / "stock")
+    ours, stock = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "stock"))
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in stock.items()
+    }
+    assert torch.equal(logits(load(tmp_path / "ours")), logits(model))
+
+
 def test_densify_after_loading_leaves_no_trace(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -49,7 +49,7 @@ def factorize_(
     Args:
         weights: ``"project"``, the best approximation of the weights that are there; ``"reset"``,
             a fresh draw with the standard deviation of the model's ``initializer_range``;
-            ``"empty"``, left to be loaded or initialised.
+            ``"empty"``, left to be loaded or initialised. On the meta device all are ``"empty"``.
         param_ratio: the share of the dense weight's parameters that each structure solves its
             free size for.
         multiple_of: what that size is a multiple of; None takes ``default_multiple``.
