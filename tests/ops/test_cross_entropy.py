@@ -25,9 +25,7 @@ def expected(hidden, weight, bias, labels, scale=1.0, softcap=None):  # type: ig
     logits = scale * functional.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return functional.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 @pytest.mark.parametrize("chunk_elements", [1, V * 4, V * N, 10**6])
@@ -46,7 +44,9 @@ def test_equals_cross_entropy_of_full_logits(chunk_elements, scale, softcap, wit
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
     tensors = [hidden, weight] + ([bias] if with_bias else [])
     for mine, theirs in zip(
-        torch.autograd.grad(found * 3, tensors), torch.autograd.grad(wanted * 3, tensors), strict=True
+        torch.autograd.grad(found * 3, tensors),
+        torch.autograd.grad(wanted * 3, tensors),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
 

@@ -2,7 +2,14 @@
 
 from factorlm.lazy import lazy_exports
 
-_EXPORTS = {"TrainConfig": "config", "load_recipe": "recipe"}
+_EXPORTS = {
+    "Callback": "callbacks",
+    "RunResult": "trainer",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "load_recipe": "recipe",
+    "parallelize_model": "parallelize",
+}
 
 __all__ = sorted(_EXPORTS)
 __getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -20,7 +20,7 @@ class Callback:
         """After every optimizer step."""
 
     def on_eval_progress(self, trainer: Trainer, done: int, total: int) -> None:
-        """After every batch of an evaluation: ``done`` of ``total`` tokens."""
+        """After every batch of an evaluation: ``done`` of ``total``."""
 
     def on_eval(self, trainer: Trainer, record: EvalRecord) -> None:
         """After every evaluation."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from factorlm.errors import ConfigError
+from factorlm.eval.loss import perplexity
 from factorlm.records import EvalRecord, EventRecord, RunRecord, StepRecord
 from factorlm.train.callbacks import Callback
 from factorlm.train.config import TrackingSection
@@ -25,11 +25,6 @@ REFRESH_SECONDS = 0.25
 """In a terminal: shortest time between two drawings of the bar."""
 WINDOW = 50
 """Steps over which the shown loss and speed are averaged."""
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinity where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 class ProgressBar(Callback):

@@ -1,4 +1,4 @@
-"""How a model uses the machine: recomputation, compilation, sharding, replication; in that order."""
+"""How a model uses the machine: recomputed, compiled, sharded, replicated; in that order."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from factorlm.distributed import World
 from factorlm.errors import CheckpointError, ConfigError, FactorlmError
@@ -162,9 +163,22 @@ class RunFolder:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise CheckpointError(f"{self.path / name}: a weight is not finite; nothing is saved")
         with atomic_folder(self.path / name, replace=True) as temporary:
-            model.save_pretrained(temporary, state_dict=tensors)
+            with _no_progress_bars():
+                model.save_pretrained(temporary, state_dict=tensors)
             if tokenizer is not None:
                 shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers draws one for every save, over our own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

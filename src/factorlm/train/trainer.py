@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from factorlm.accounting import count_params, flops_per_token
 from factorlm.config import check
-from factorlm.data import TokenDataset, TokenLoader, open_dataset
+from factorlm.data import EvalBatch, EvalWindows, TokenDataset, TokenLoader, open_dataset
 from factorlm.distributed import World, peers_watched
 from factorlm.errors import InterruptedRun, NumericError, StorageError
 from factorlm.eval.loss import EvalResult, evaluate_loss
-from factorlm.hf.loss import CausalLMLoss
 from factorlm.measure import environment
 from factorlm.optim import build_adamw, learning_rate_at
 from factorlm.records import EvalRecord, EventRecord, RunRecord, StepRecord
-from factorlm.train.assemble import build_model
 from factorlm.train.callbacks import Callback, RecordWriter
 from factorlm.train.config import TrainConfig
+from factorlm.train.describe import describe
 from factorlm.train.metrics import trackers
 from factorlm.train.parallelize import autocast_dtype, gradients_held, parallelize_model
 from factorlm.train.run import RunFolder
@@ -34,6 +36,10 @@ from factorlm.train.state import RunState, full
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (a full disk, say) before the run stops."""
+
+
+class _Stopped(Exception):  # noqa: N818 - it reports a signal, not a fault
+    """A signal came during an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Trainer:
         self._stopping = self._save_due = False
         self._failed_saves = 0
         self._facts = {
-            "data": self.dataset.fingerprint,
+            "data": data_fingerprint(self.dataset),
             "environment": {
                 "torch": torch.__version__,
                 "num_threads": torch.get_num_threads(),
@@ -240,8 +246,13 @@ class Trainer:
 
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         batch = torch.from_numpy(self.loader.batch(step)).to(self.world.device)
-        size = self.config.batch.micro_batch or len(batch)
-        return [(rows[:, :-1], rows[:, 1:]) for rows in batch.split(size)]
+        parts = batch.split(self._rows_per_forward)
+        return [(rows[:, :-1], rows[:, 1:]) for rows in parts]
+
+    @property
+    def _rows_per_forward(self) -> int:
+        local = self.config.batch.num_sequences // self.world.size
+        return min(self.config.batch.micro_batch or local, local)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(
@@ -310,8 +321,43 @@ class Trainer:
         self._call("on_eval", record)
 
     def _validation_loss(self, num_tokens: int | None) -> EvalResult | None:
-        """None if a signal came; then all processes give up at the same batch."""
-        raise NotImplementedError
+        """Over the first ``num_tokens`` of the split; None if a signal came."""
+        length, world = self.config.data.context_length, self.world
+        rows = self.config.eval.num_sequences or self._rows_per_forward
+        windows = EvalWindows(
+            self.dataset,
+            context_length=length,
+            batch_size=rows,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        count = len(windows)
+        if num_tokens is not None:
+            count = min(count, math.ceil(num_tokens / (rows * length * world.size)))
+        self.model.eval()
+        try:
+            with self._precision():
+                return evaluate_loss(
+                    self._loss,
+                    self._until_stopped(windows, count),
+                    device=world.device,
+                    bytes_per_token=windows.num_text_bytes / windows.num_targets,
+                    add_up=world.sum_,
+                )
+        except _Stopped:
+            return None
+        finally:
+            self.model.train()
+
+    def _until_stopped(self, windows: EvalWindows, count: int) -> Iterator[EvalBatch]:
+        """The first ``count`` batches; a signal on any process ends them on all at once."""
+        for done, batch in enumerate(itertools.islice(windows, count)):
+            flag = torch.tensor(float(bool(self._stop)), device=self.world.device)
+            self._stopping = self.world.sum_(flag).item() > 0
+            if self._stopping:
+                raise _Stopped
+            yield batch
+            self._call("on_eval_progress", done + 1, count)
 
     def _save(self) -> None:
         """Write a checkpoint. A failure is fatal where the run stops, or the third time running."""
@@ -335,7 +381,7 @@ class Trainer:
         self._saved_at, self._save_due = time.monotonic(), False
 
     def _save_model(self, name: str) -> None:
-        self.run.save_model(name, self.model, self.dataset.tokenizer_path, self.world)
+        self.run.save_model(name, self.model, self.dataset.tokenizer_folder, self.world)
 
     # Telling -------------------------------------------------------------------------------
 
@@ -366,20 +412,26 @@ def check_data(config: TrainConfig, dataset: TokenDataset) -> None:
     )
 
 
+def data_fingerprint(dataset: TokenDataset) -> str:
+    """16 hexadecimal digits that change with any shard, weight or tokenizer."""
+    shards = {name: entry.xxh3_128 for name, entry in dataset.manifest.files.items()}
+    weights = [[s.weight for s in split.streams] for split in dataset.splits.values()]
+    text = json.dumps([shards, weights, dataset.tokenizer_fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def run_record(config: TrainConfig, world: World) -> RunRecord:
     """What the run is, counted on the meta device."""
-    model, _ = build_model(config)
-    params = count_params(model)
-    flops = flops_per_token(model, config.data.context_length)
+    described = describe(config)
     return RunRecord(
         name=config.name,
         config=config.to_dict(),
         environment=environment(world.device) | {"world_size": world.size},
-        num_params=params.total,
-        num_ffn_params=params.ffn,
-        num_non_embedding_params=params.non_embedding,
-        forward_flops_per_token=flops.total,
-        training_flops=3 * flops.total * config.num_steps * config.tokens_per_step,
+        num_params=described.params.total,
+        num_ffn_params=described.params.ffn,
+        num_non_embedding_params=described.params.non_embedding,
+        forward_flops_per_token=described.forward.total,
+        training_flops=described.training.model_flops,
         num_steps=config.num_steps,
         tokens_per_step=config.tokens_per_step,
     )
