@@ -179,7 +179,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is old:
-                setattr(parent, key, new)
+                parent._modules[key] = new
 
 
 def _row(name: str, before: LinearModule, after: LinearModule) -> SwapRow:
