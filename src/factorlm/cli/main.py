@@ -1,0 +1,135 @@
+"""``factorlm <command>``: finds the command's file, parses, and turns errors into exit codes.
+
+Every module of this package whose name has no underscore in front, this one aside, is a command:
+``HELP`` and ``EPILOG`` (str), ``add_arguments(parser)``, ``run(args, extra) -> exit code``. With
+``TAKES_OVERRIDES = True`` it takes ``--section.key value`` arguments, which ``run`` gets as
+``extra``. None imports torch at module level, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+import factorlm
+from factorlm.errors import ConfigError, FactorlmError, InterruptedRun, did_you_mean
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What a shell gives for SIGINT and SIGPIPE."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see ``factorlm.errors``)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(["factorlm", *arguments[:1]])
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except FactorlmError as error:
+        kind = "" if isinstance(error, InterruptedRun) else "error: "
+        print(f"{name}: {kind}{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output went away; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def command_names() -> list[str]:
+    """The commands, by their files."""
+    found = (module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))
+    return sorted(name for name in found if name != "main" and not name.startswith("_"))
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"factorlm {factorlm.__version__}")
+        return 0
+    command = arguments[0]
+    known = command_names()
+    if command not in known:
+        raise ConfigError(
+            f"unknown command '{command}'; known: {', '.join(known)}.{did_you_mean(command, known)}"
+        )
+    module = _load(command)
+    parser = _parser(command, module)
+    own, extra = _split(parser, arguments[1:], getattr(module, "TAKES_OVERRIDES", False))
+    code: int = module.run(parser.parse_args(own), extra)
+    return code
+
+
+def _load(command: str) -> ModuleType:
+    return importlib.import_module(f"factorlm.cli.{command}")
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:<10} {_load(name).HELP}" for name in command_names())
+    return (
+        "usage: factorlm <command> [arguments]\n\n"
+        "Language models whose feed-forward layers are structured matrices.\n\n"
+        f"commands:\n{commands}\n\n"
+        "factorlm <command> --help shows its arguments with examples; --version the version."
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as everything else that is wrong is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _parser(command: str, module: ModuleType) -> argparse.ArgumentParser:
+    help_ = module.HELP
+    parser = _Parser(
+        prog=f"factorlm {command}",
+        description=f"{help_[0].upper()}{help_[1:]}.",
+        epilog=module.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return parser
+
+
+def _split(
+    parser: argparse.ArgumentParser, arguments: list[str], takes_overrides: bool
+) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and the ``--section.key value`` ones.
+
+    Raises ``ConfigError`` for an unknown one where the command takes none, or where it is nearly
+    one of the command's own.
+    """
+    own: list[str] = []
+    extra: list[str] = []
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, _ = argument.partition("=")
+        if argument == "--":
+            return [*own, argument, *rest], extra
+        if not flag.startswith("--") or flag in flags:
+            own.append(argument)
+        elif not takes_overrides or difflib.get_close_matches(flag, flags, cutoff=0.75):
+            raise ConfigError(f"unknown argument '{flag}'.{did_you_mean(flag, flags)}")
+        else:
+            extra.append(argument)
+            if not equals and rest and not rest[0].startswith("--"):
+                extra.append(rest.pop(0))
+    return own, extra

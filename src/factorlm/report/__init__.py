@@ -1,0 +1,21 @@
+"""Records to tables and pictures; reads records only and needs no torch."""
+
+from factorlm.report.compare import (
+    RunSummary,
+    comparison_json,
+    comparison_notes,
+    comparison_table,
+    read_run,
+)
+from factorlm.report.figures import plot_losses
+from factorlm.report.tables import Table
+
+__all__ = [
+    "RunSummary",
+    "Table",
+    "comparison_json",
+    "comparison_notes",
+    "comparison_table",
+    "plot_losses",
+    "read_run",
+]
