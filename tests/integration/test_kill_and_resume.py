@@ -71,7 +71,9 @@ def wait_for_step(runs: Path, step: int, process: subprocess.Popen[bytes]) -> No
 def facts(runs: Path) -> tuple[list[tuple[int, str, str]], list[tuple[int, str]], dict]:
     """Losses and gradient norms as hex, evaluations as hex, the final weights."""
     records = list(RecordFile(runs / "killed" / "records.jsonl"))
-    steps = [(r.step, r.loss.hex(), r.grad_norm.hex()) for r in records if isinstance(r, StepRecord)]
+    steps = [
+        (r.step, r.loss.hex(), r.grad_norm.hex()) for r in records if isinstance(r, StepRecord)
+    ]
     evals = [(r.step, r.loss.hex()) for r in records if isinstance(r, EvalRecord)]
     return steps, evals, load_file(runs / "killed" / "model" / "model.safetensors")
 

@@ -116,15 +116,15 @@ def describe(config: TrainConfig) -> Description:
             model,
             micro_batch=config.batch.micro_batch or config.batch.num_sequences,
             seq_len=seq_len,
-            precision="fp32" if precision is None else "bf16",
+            precision="bf16" if precision == torch.bfloat16 else "fp32",
             activation_checkpointing=recompute,
         ),
-        precision="fp32" if precision is None else "bf16",
+        precision="bf16" if precision == torch.bfloat16 else "fp32",
         swaps=swaps,
     )
 
 
-def _precision(config: TrainConfig) -> torch.dtype | None:
+def _precision(config: TrainConfig) -> torch.dtype:
     name = config.parallel.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

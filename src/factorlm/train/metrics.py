@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from factorlm.errors import ConfigError
 from factorlm.eval.loss import perplexity
+from factorlm.measure import matmul_flops_per_second
 from factorlm.records import EvalRecord, EventRecord, RunRecord, StepRecord
 from factorlm.train.callbacks import Callback
 from factorlm.train.config import TrackingSection
@@ -30,28 +32,30 @@ WINDOW = 50
 class ProgressBar(Callback):
     """Loss, perplexity, tokens/s, model FLOP utilisation and time left.
 
-    A bar in a terminal; elsewhere a line every few seconds. ``peak_flops`` is the machine's
-    measured matmul rate in FLOP/s; ``flops_per_token`` the training FLOPs of one token.
+    A bar in a terminal; elsewhere a line every few seconds. Utilisation is relative to the matmul
+    rate that the machine reached just before, in the dtype of the run, times its processes.
     """
 
-    def __init__(
-        self,
-        *,
-        flops_per_token: float,
-        peak_flops: float | None,
-        console: Console | None = None,
-    ) -> None:
-        self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._recent: deque[StepRecord] = deque(maxlen=WINDOW)
         self._shown = 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._tokens_per_step = 0
+        self._peak_tokens_per_second = math.inf
 
     def on_start(self, trainer: Trainer, run: RunRecord) -> None:
         self._tokens_per_step = run.tokens_per_step
+        peak = matmul_flops_per_second(trainer.matmul_dtype, trainer.world.device)
+        rate = trainer.world.size * peak / (3 * run.forward_flops_per_token)
+        self._peak_tokens_per_second = rate
+        self._print(
+            f"{run.name}: {run.num_params:,} parameters ({run.num_ffn_params:,} in the FFN), "
+            f"{run.num_steps:,} steps of {run.tokens_per_step:,} tokens, "
+            f"{run.training_flops:.3g} FLOPs; {trainer.world.device}, "
+            f"{str(trainer.matmul_dtype).removeprefix('torch.')}"
+        )
         if not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -117,10 +121,10 @@ class ProgressBar(Callback):
     def _status(self) -> str:
         loss = self._mean("loss")
         speed = self._tokens_per_step * 1000 / self._mean("step_ms")
-        text = f"loss {loss:.4f}  ppl {perplexity(loss):.2f}  {speed:,.0f} tok/s"
-        if self.peak_flops:
-            text += f"  MFU {speed * self.flops_per_token / self.peak_flops:.1%}"
-        return text
+        return (
+            f"loss {loss:.4f}  ppl {perplexity(loss):.2f}  {speed:,.0f} tok/s  "
+            f"MFU {speed / self._peak_tokens_per_second:.1%}"
+        )
 
 
 class Tracker(Callback):

@@ -102,11 +102,11 @@ def gradients_held(module: nn.Module, is_last: bool) -> AbstractContextManager[N
     return nullcontext()
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for none. ``auto``: bf16 where the processor computes in it."""
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls. ``auto``: bf16 where the processor computes in it, else float32."""
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def has_fast_bf16(device: torch.device) -> bool:

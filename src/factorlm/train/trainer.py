@@ -66,6 +66,8 @@ class Trainer:
     state: RunState
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    matmul_dtype: torch.dtype
+    """The dtype of autocast; weights stay float32."""
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ class Trainer:
             decay=options.decay,
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._autocast = autocast_dtype(config.parallel.precision, world.device)
+        self.matmul_dtype = autocast_dtype(config.parallel.precision, world.device)
         self.loader = TokenLoader(
             self.dataset,
             "train",
@@ -255,9 +257,8 @@ class Trainer:
         return min(self.config.batch.micro_batch or local, local)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(
-            self.world.device.type, dtype=self._autocast, enabled=self._autocast is not None
-        )
+        enabled = self.matmul_dtype != torch.float32
+        return torch.autocast(self.world.device.type, dtype=self.matmul_dtype, enabled=enabled)
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
         """The step's mean loss and gradient norm, and on all processes alike: stop? save?"""

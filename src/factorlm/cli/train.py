@@ -1,0 +1,67 @@
+"""``factorlm train``: run a recipe, or go on with it."""
+
+from __future__ import annotations
+
+import argparse
+
+from factorlm.train.config import TrainConfig
+
+HELP = "train a model from a recipe, or go on where it stopped"
+TAKES_OVERRIDES = True
+EPILOG = """\
+examples:
+  factorlm train recipes/demo_low_rank_32.yaml
+  factorlm train recipes/demo_dense.yaml --name wider --model.overrides.intermediate_size 768
+  factorlm train recipes/gpt_s_low_rank_32_2B.yaml --dry-run
+  factorlm train recipes/demo_dense.yaml --name healed --model.init_from runs/demo_low_rank_32
+  torchrun --nproc-per-node 8 -m factorlm train recipes/papers/s_low_rank_32.yaml
+
+The same command again resumes the run, bit for bit; a changed field is refused (exit code 3).
+Ctrl-C saves a checkpoint and exits with code 75.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments; recipe fields are overrides, listed in the epilog."""
+    parser.epilog = f"{EPILOG}\n{fields_help()}"
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file; see docs/reference/recipes.md")
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what it costs, and stop"
+    )
+
+
+def fields_help() -> str:
+    """Every field of a recipe with its type, default and meaning."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="", usage="", add_help=False)
+    parser.add_class_arguments(TrainConfig)
+    return "Recipe fields, each also a flag:\n" + parser.format_help()
+
+
+def run(args: argparse.Namespace, extra: list[str]) -> int:
+    """Train; 0 when the run is finished."""
+    from factorlm.train.recipe import load_recipe
+
+    config = load_recipe(args.recipe, extra)
+    if args.dry_run:
+        return _dry_run(config)
+    from factorlm.train.metrics import ProgressBar
+    from factorlm.train.trainer import Trainer
+
+    result = Trainer(config, runs_dir=args.runs_dir, callbacks=[ProgressBar()]).fit()
+    if result.already_finished:
+        print(f"{result.path} is finished: {result.state.step} steps are done")
+    return 0
+
+
+def _dry_run(config: TrainConfig) -> int:
+    from rich.console import Console
+
+    from factorlm.cli.describe import print_description
+    from factorlm.train.describe import describe
+
+    print_description(describe(config), Console())
+    return 0
