@@ -14,7 +14,8 @@ from factorlm.data import EvalBatch
 from factorlm.errors import DataError
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""(inputs, labels), both (B, T) int64, to the summed cross entropy in nats, a scalar."""
+"""(inputs, labels), both (B, T) int64, to the summed cross entropy in nats, a scalar. Labels of
+-100 are not predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +62,25 @@ def evaluate_loss(
 
     Args:
         loss_fn: e.g. a ``CausalLMLoss`` in eval mode; autocast is the caller's.
-        batches: such as ``EvalWindows`` gives; on several processes equally many on each.
+        batches: e.g. ``EvalWindows``.
+        bytes_per_token: of the whole text, for bits per byte.
         add_up: adds the sums (nats, tokens), float64, over all processes.
         on_progress: told the tokens that this process has done, after each batch.
 
     Raises ``DataError`` if there is nothing to predict.
     """
     started = time.perf_counter()
-    device = torch.device(device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     num_tokens = 0
     for batch in batches:
-        inputs = torch.from_numpy(batch.inputs).to(device)
-        targets = torch.from_numpy(batch.targets).to(device)
-        nats += loss_fn(inputs, targets).double()
+        inputs, labels = (torch.from_numpy(ids).to(device) for ids in (batch.inputs, batch.targets))
+        nats += loss_fn(inputs, labels).double()
         num_tokens += batch.num_targets
         on_progress(num_tokens)
     count = torch.tensor(num_tokens, dtype=torch.float64, device=device)
     total, all_tokens = add_up(torch.stack([nats, count])).tolist()
     if all_tokens == 0:
-        raise DataError("the text to evaluate has no token to predict: it takes at least two")
+        raise DataError("the text to evaluate has no token to predict: that takes two")
     return EvalResult(
         loss=total / all_tokens,
         num_tokens=int(all_tokens),

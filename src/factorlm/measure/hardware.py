@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-import factorlm
-
 _CPUINFO = Path("/proc/cpuinfo")
-_PACKAGE = Path(factorlm.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -27,7 +25,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """
     device = torch.device(device)
     return {
-        "factorlm": factorlm.__version__,
+        "factorlm": importlib.metadata.version("factorlm"),
         "commit": source_commit(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

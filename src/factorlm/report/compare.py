@@ -69,8 +69,10 @@ class RunSummary:
 
     @property
     def best(self) -> EvalRecord | None:
-        """The evaluation with the lowest loss."""
-        return min(self.evals, key=lambda record: record.loss, default=None)
+        """The one with the lowest loss of the evaluations over the most text."""
+        most = max((record.num_eval_tokens for record in self.evals), default=0)
+        whole = [record for record in self.evals if record.num_eval_tokens == most]
+        return min(whole, key=lambda record: record.loss, default=None)
 
     @property
     def last(self) -> EvalRecord | None:

@@ -135,9 +135,8 @@ def _draw_losses(curves: Sequence[Curve]) -> Figure:
 
 def _draw(axes: Axes, curve: Curve, color: str, x_of: Any) -> None:
     stride = -(-len(curve.loss) // MAX_POINTS)
-    axes.plot(
-        x_of(curve.num_tokens[::stride]), curve.loss[::stride], color=color, alpha=0.35, lw=1.2
-    )
+    x, y = x_of(curve.num_tokens[::stride]), curve.loss[::stride]
+    axes.plot(x, y, color=color, alpha=0.35, lw=1.2, zorder=1.9)
     tokens = np.array([record.num_tokens for record in curve.run.evals], dtype=float)
     losses = [record.loss for record in curve.run.evals]
     every = -(-max(len(losses), 1) // 25)
