@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val-source", action="append", dest="val_sources", metavar="SOURCE", help=_VAL_SOURCE)
     add("--weights", type=float, nargs="+", metavar="W", help=_WEIGHTS)
     add("--text-column", metavar="NAME", help="where the text is in a row (default: text)")
-    add("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    add("--workers", type=int, metavar="N", help="processes (default: one a core, up to 16)")
     add("--shard-tokens", type=int, metavar="N", help="tokens in a shard (default: 67108864)")
     add("--seed", type=int, metavar="N", help="of the choice of validation documents (default: 0)")
     add("--tolerant", action="store_true", help=_TOLERANT)

@@ -33,7 +33,7 @@ class PrepareConfig(Config):
     text_column: str = "text"
     """Name of the text in JSON lines, parquet and datasets."""
     workers: int | None = None
-    """Processes; None means one a core. It changes nothing in the output."""
+    """Processes; None means one a core, up to 16. It changes nothing in the output."""
     shard_tokens: int = 2**26
     """Ids in a shard file."""
     tolerant: bool = False

@@ -51,6 +51,10 @@ SAMPLE_BYTES = 32 * 2**20
 COMMIT_BYTES = 64 * 2**20
 """Text after which what was done is made durable, besides at the end of each shard."""
 TASKS_PER_WORKER = 3
+MAX_WORKERS = 16
+"""Unless told otherwise: each needs about 60 MB."""
+MAX_WORKERS_WITHOUT_CUTS = 2
+"""Of a tokenizer that encodes whole documents, up to 400 MB each."""
 MAX_BAD_SHARE = Fraction(1, 1000)
 MIN_RECORDS_TO_JUDGE = 10_000
 
@@ -84,6 +88,12 @@ def prepare(config: PrepareConfig, on_progress: OnProgress | None = None) -> Tok
         return job.finished()
 
 
+def default_workers(tokenizer: TextTokenizer) -> int:
+    """One process a core, as far as memory stays below about 1.5 GB in sum."""
+    limit = MAX_WORKERS if tokenizer.cuts_text else MAX_WORKERS_WITHOUT_CUTS
+    return min(os.cpu_count() or 1, limit)
+
+
 class _Preparation:
     """One attempt at a preparation, under the lock of its folder."""
 
@@ -115,7 +125,7 @@ class _Preparation:
         config = self.config
         planner = Planner(self.sources, rules, config.text_column, config.tolerant)
         self.tokenizer = self._tokenizer(planner)
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or default_workers(self.tokenizer)
         with EncoderPool(self.output / TOKENIZER_FOLDER, workers) as pool, self._open_writers():
             waiting: deque[tuple[Task, Future[list[np.ndarray]]]] = deque()
             for task in planner.tasks(self.tokenizer, self.progress.cursor):

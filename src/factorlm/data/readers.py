@@ -81,6 +81,7 @@ def read_json_lines(path: Path, column: str, skip: int) -> Iterator[Record]:
                 continue
             if number == 1:
                 line = line.removeprefix(BOM)
+            line = line.rstrip(b"\r\n")
             yield _parse_line(line, column, origin, tell())
 
 
