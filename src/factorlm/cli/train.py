@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from factorlm.train.config import TrainConfig
+from factorlm.cli._fields import fields_help
+
+if TYPE_CHECKING:
+    from factorlm.train.config import TrainConfig
 
 HELP = "train a model from a recipe, or go on where it stopped"
 TAKES_OVERRIDES = True
@@ -23,22 +27,17 @@ Ctrl-C saves a checkpoint and exits with code 75.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments; recipe fields are overrides, listed in the epilog."""
-    parser.epilog = f"{EPILOG}\n{fields_help()}"
+    from factorlm.train.config import TrainConfig
+
+    parser.epilog = (
+        f"{EPILOG}\nRecipe fields, each also a flag --section.key value, its value as in YAML:\n\n"
+        f"{fields_help(TrainConfig)}"
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file; see docs/reference/recipes.md")
     parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="default: runs")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what it costs, and stop"
     )
-
-
-def fields_help() -> str:
-    """Every field of a recipe with its type, default and meaning."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="", usage="", add_help=False)
-    parser.add_class_arguments(TrainConfig)
-    return "Recipe fields, each also a flag:\n" + parser.format_help()
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
@@ -48,8 +47,12 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     config = load_recipe(args.recipe, extra)
     if args.dry_run:
         return _dry_run(config)
+    from transformers.utils import logging
+
     from factorlm.train.metrics import ProgressBar
     from factorlm.train.trainer import Trainer
+
+    logging.disable_progress_bar()  # of every model that is saved
 
     result = Trainer(config, runs_dir=args.runs_dir, callbacks=[ProgressBar()]).fit()
     if result.already_finished:
