@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from factorlm.errors import InterruptedRun
 from factorlm.records import RecordFile, StepRecord
 from factorlm.testing import run_distributed
 from factorlm.train import TrainConfig
@@ -72,28 +75,26 @@ def test_two_processes_learn_what_one_does(
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)
 
 
-def interrupted_then_resumed(values: dict[str, Any], runs: str) -> list[float]:
-    """Stop after 4 steps by a signal on rank 1 alone, then run to the end."""
-    import os
-    import signal
+class StopAfterFour(Trainer):
+    """Gets a signal in its fourth step, on one rank or on all."""
 
-    from factorlm.errors import InterruptedRun
-    from factorlm.train.callbacks import Callback
+    ranks = (0, 1)
 
-    class Stopper(Trainer):
-        def _step(self) -> None:
-            super()._step()
-            if self.state.step == 4 and self.world.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def _step(self) -> None:
+        super()._step()
+        if self.state.step == 4 and self.world.rank in self.ranks:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    config = TrainConfig.from_dict(values)
-    store = torch.distributed.distributed_c10d._get_default_store()
-    trainer = Stopper(config, runs_dir=runs, callbacks=[Callback()])
-    with pytest.raises(InterruptedRun, match="step 5 of 10"):
-        trainer.fit()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.PrefixStore("again", store),
-                                         rank=trainer.world.rank, world_size=2)  # fmt: skip
-    return fit(values, runs)[0]
+
+class StopOnRankOne(StopAfterFour):
+    ranks = (1,)
+
+
+def stop(values: dict[str, Any], runs: str) -> int:
+    """The step of the checkpoint that the stopped run left."""
+    with pytest.raises(InterruptedRun):
+        StopOnRankOne(TrainConfig.from_dict(values), runs_dir=runs).fit()
+    return max(int(path.name[5:]) for path in Path(runs, "tiny", "checkpoints").iterdir())
 
 
 @pytest.mark.slow
@@ -101,37 +102,22 @@ def interrupted_then_resumed(values: dict[str, Any], runs: str) -> list[float]:
 def test_a_signal_on_one_process_stops_both_and_the_run_goes_on_exactly(
     tiny_values: Callable[..., dict[str, Any]], tmp_path: Path, strategy: str
 ) -> None:
-    values = tiny_values(parallel={"num_threads": 1, "precision": "fp32", "strategy": strategy})
+    values = tiny_values(parallel={"strategy": strategy})
     wanted = run_distributed(fit, 2, values, str(tmp_path / "whole"))[0][0]
-    found = run_distributed(interrupted_then_resumed, 2, values, str(tmp_path / "cut"))
+    assert run_distributed(stop, 2, values, str(tmp_path / "cut")) == [5, 5]
+    found = [losses for losses, _, _ in run_distributed(fit, 2, values, str(tmp_path / "cut"))]
     assert found == [wanted, wanted]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_processes_goes_on_in_one(
+def test_a_sharded_checkpoint_of_two_processes_goes_on_in_one(
     tiny_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    values = tiny_values(parallel={"num_threads": 1, "precision": "fp32", "strategy": "fsdp2"})
+    values = tiny_values(parallel={"strategy": "fsdp2"})
     wanted = run_distributed(fit, 2, values, str(tmp_path / "whole"))[0][0]
-    run_distributed(stop_at_4, 2, values, str(tmp_path / "cut"))
+    run_distributed(stop, 2, values, str(tmp_path / "cut"))
     values["parallel"]["strategy"] = "auto"
     with pytest.warns(UserWarning, match="world_size 2 -> 1"):
         found, _, _ = fit(values, str(tmp_path / "cut"))
     assert found[:5] == wanted[:5]
     assert found == pytest.approx(wanted, rel=1e-6, abs=0)
-
-
-def stop_at_4(values: dict[str, Any], runs: str) -> None:
-    import os
-    import signal
-
-    from factorlm.errors import InterruptedRun
-
-    class Stopper(Trainer):
-        def _step(self) -> None:
-            super()._step()
-            if self.state.step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(InterruptedRun):
-        Stopper(TrainConfig.from_dict(values), runs_dir=runs).fit()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from factorlm.distributed import World
-from factorlm.errors import CheckpointError, StorageError
+from factorlm.errors import CheckpointError, NumericError, StorageError
 from factorlm.storage import (
     atomic_folder,
     remove_folder,
@@ -52,12 +52,14 @@ def save_checkpoint(
     """Write ``folder/step-N`` from whole tensors; every process has to call it.
 
     ``facts`` are plain values kept beside the state, such as what the data was. Raises
-    ``StorageError`` on every process if the main one cannot write; nothing is left then.
+    ``StorageError`` on every process if the main one cannot write, and ``NumericError`` for a
+    weight that is not finite; nothing is left then.
     """
     tensors = {
         MODEL_FILE: {name: full(tensor) for name, tensor in model_tensors(model)},
         OPTIMIZER_FILE: {name: full(tensor) for name, tensor in optimizer_tensors(optimizer)},
     }
+    check_finite(tensors[MODEL_FILE])
     problem = None
     if world.is_main:
         try:
@@ -67,6 +69,13 @@ def save_checkpoint(
     problem = world.from_main(problem)
     if problem is not None:
         raise StorageError(problem)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``NumericError`` naming the first weights that are not finite."""
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise NumericError(f"not saved: weights that are not finite: {', '.join(bad[:8])}")
 
 
 def _write(

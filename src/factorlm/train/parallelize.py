@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -64,7 +65,9 @@ FSDP2_ALONE = (
 def prepare_layers(model: PreTrainedModel, parallel: ParallelSection) -> None:
     """Activation checkpointing and per-layer ``compile``, in place; parameter names stay."""
     if parallel.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # 5.23 announces another name, 5.3 has only this one
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if parallel.compile:
         for layer in decoder_layers(model):
             layer.compile()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from factorlm.distributed import World
-from factorlm.errors import CheckpointError, ConfigError, FactorlmError
+from factorlm.errors import ConfigError, FactorlmError
 from factorlm.records import RECORDS_FILE, EventRecord, RecordFile
 from factorlm.storage import (
     atomic_folder,
@@ -29,6 +29,7 @@ from factorlm.storage import (
     storage_errors,
 )
 from factorlm.train.checkpoint import (
+    check_finite,
     load_checkpoint,
     newest_checkpoint,
     retain,
@@ -158,10 +159,9 @@ class RunFolder:
     ) -> None:
         """Write ``name`` as a Hugging Face folder with its tokenizer, from whole tensors."""
         tensors = {key: full(tensor) for key, tensor in model_tensors(model)}
+        check_finite(tensors)
         if not world.is_main:
             return
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-            raise CheckpointError(f"{self.path / name}: a weight is not finite; nothing is saved")
         with atomic_folder(self.path / name, replace=True) as temporary:
             with _no_progress_bars():
                 model.save_pretrained(temporary, state_dict=tensors)
