@@ -20,6 +20,7 @@ from factorlm.data import EvalWindows, TokenLoader, open_dataset
 from factorlm.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     InterruptedRun,
     NumericError,
     StorageError,
@@ -289,6 +290,16 @@ def test_a_vocabulary_under_the_tokenizers_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size=200 is under the 257"):
         fit(tiny_config(model={"vocab_size": 200}), tmp_path)
+
+
+def test_data_that_is_not_there_comes_with_the_command_that_makes_it(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    data = {"path": str(tmp_path / "none"), "source": ["a b.txt"], "tokenizer": "bpe:300"}
+    with pytest.raises(
+        DataError, match=r"factorlm prepare 'a b\.txt' -o .*none --tokenizer bpe:300"
+    ):
+        fit(tiny_config(data=data), tmp_path)
 
 
 def test_bf16_autocast_learns_nearly_the_same(tiny_config: MakeConfig, tmp_path: Path) -> None:

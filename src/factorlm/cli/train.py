@@ -47,15 +47,12 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     config = load_recipe(args.recipe, extra)
     if args.dry_run:
         return _dry_run(config)
-    from transformers.utils import logging
-
     from factorlm.train.metrics import ProgressBar
     from factorlm.train.trainer import Trainer
 
-    logging.disable_progress_bar()  # of every model that is saved
-
-    result = Trainer(config, runs_dir=args.runs_dir, callbacks=[ProgressBar()]).fit()
-    if result.already_finished:
+    trainer = Trainer(config, runs_dir=args.runs_dir, callbacks=[ProgressBar()])
+    result = trainer.fit()
+    if result.already_finished and trainer.world.is_main:
         print(f"{result.path} is finished: {result.state.step} steps are done")
     return 0
 
@@ -65,6 +62,8 @@ def _dry_run(config: TrainConfig) -> int:
 
     from factorlm.cli.describe import print_description
     from factorlm.train.describe import describe
+    from factorlm.train.facts import open_data
 
     print_description(describe(config), Console())
+    open_data(config)
     return 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
 import time
@@ -17,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from factorlm.config import check
-from factorlm.data import EvalBatch, EvalWindows, TokenDataset, TokenLoader, open_dataset
+from factorlm.data import EvalBatch, EvalWindows, TokenLoader
 from factorlm.distributed import World, peers_watched
 from factorlm.errors import InterruptedRun, NumericError, StorageError
 from factorlm.eval.loss import EvalResult, evaluate_loss
-from factorlm.measure import environment
 from factorlm.optim import build_adamw, learning_rate_at
-from factorlm.records import EvalRecord, EventRecord, RunRecord, StepRecord
+from factorlm.records import EvalRecord, EventRecord, StepRecord
 from factorlm.train.callbacks import Callback, RecordWriter
 from factorlm.train.config import TrainConfig
-from factorlm.train.describe import describe
+from factorlm.train.facts import open_data, resume_facts, run_record
 from factorlm.train.metrics import trackers
 from factorlm.train.parallelize import autocast_dtype, gradients_held, parallelize_model
 from factorlm.train.run import RunFolder
@@ -119,8 +115,7 @@ class Trainer:
 
     def _build(self) -> None:
         config, world = self.config, self.world
-        self.dataset = open_dataset(config.data.path)
-        check_data(config, self.dataset)
+        self.dataset = open_data(config)
         self._run_record = run_record(config, world)
         assembled = parallelize_model(config, world)
         self.model, self._loss, self._module = assembled.model, assembled.loss, assembled.module
@@ -149,15 +144,7 @@ class Trainer:
         """Go back to the newest good checkpoint, or start."""
         self._stopping = self._save_due = False
         self._failed_saves = 0
-        self._facts = {
-            "data": data_fingerprint(self.dataset),
-            "environment": {
-                "torch": torch.__version__,
-                "num_threads": torch.get_num_threads(),
-                "device": self.world.device.type,
-                "world_size": self.world.size,
-            },
-        }
+        self._facts = resume_facts(self.dataset, self.world)
         state = self.run.load_checkpoint(self.model, self.optimizer, self._facts, self.world)
         self.state = state or RunState()
         if self.world.is_main:
@@ -401,38 +388,3 @@ def seed_step(seed: int, step: int, micro_batch: int) -> None:
     ``micro_batch`` counts over all processes: the draw does not depend on their number.
     """
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_batch)
-
-
-def check_data(config: TrainConfig, dataset: TokenDataset) -> None:
-    """Raise ``ConfigError`` where the prepared data does not fit the model."""
-    size = dataset.vocab_size
-    check(
-        config.model.vocab_size >= size or config.model.init_from is not None,
-        f"model.vocab_size={config.model.vocab_size} is under the {size} tokens of "
-        f"data.path={config.data.path}",
-    )
-
-
-def data_fingerprint(dataset: TokenDataset) -> str:
-    """16 hexadecimal digits that change with any shard, weight or tokenizer."""
-    shards = {name: entry.xxh3_128 for name, entry in dataset.manifest.files.items()}
-    weights = [[s.weight for s in split.streams] for split in dataset.splits.values()]
-    text = json.dumps([shards, weights, dataset.tokenizer_fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def run_record(config: TrainConfig, world: World) -> RunRecord:
-    """What the run is, counted on the meta device."""
-    described = describe(config)
-    return RunRecord(
-        name=config.name,
-        config=config.to_dict(),
-        environment=environment(world.device) | {"world_size": world.size},
-        num_params=described.params.total,
-        num_ffn_params=described.params.ffn,
-        num_non_embedding_params=described.params.non_embedding,
-        forward_flops_per_token=described.forward.total,
-        training_flops=described.training.model_flops,
-        num_steps=config.num_steps,
-        tokens_per_step=config.tokens_per_step,
-    )
