@@ -107,7 +107,7 @@ class _Preparation:
         self.sources = [open_source(spec) for spec in specs]
         self.inputs, self.modified = describe_inputs(self.sources)
         self.on_progress = on_progress
-        self.writers: dict[Stream, StreamWriter] = {}
+        self.writers: dict[str, StreamWriter] = {}
         self.committed_bytes = 0
 
     @property
@@ -173,26 +173,28 @@ class _Preparation:
 
     @contextmanager
     def _open_writers(self) -> Iterator[None]:
+        """Writers of all streams that were begun, their files closed at the end."""
         try:
+            for stem in list(self.progress.streams):
+                self._writer(stem)
             yield
         finally:
             for writer in self.writers.values():
                 writer.abandon()
 
-    def _writer(self, stream: Stream) -> StreamWriter:
-        if stream not in self.writers:
-            stem = _stem(stream)
+    def _writer(self, stem: str) -> StreamWriter:
+        if stem not in self.writers:
             state = self.progress.streams.setdefault(stem, StreamState())
-            self.writers[stream] = StreamWriter(
+            self.writers[stem] = StreamWriter(
                 self.output, stem, self.tokenizer.vocab_size, self.config.shard_tokens, state
             )
-        return self.writers[stream]
+        return self.writers[stem]
 
     def _take(self, task: Task, future: Future[list[np.ndarray]]) -> None:
         """Write the ids of the next task, and make all durable when it is time."""
         shard_finished = False
         for piece, ids in zip(task.pieces, future.result(), strict=True):
-            writer = self._writer(piece.stream)
+            writer = self._writer(_stem(piece.stream))
             ends = [self.tokenizer.eos_id] * piece.ends_document
             shard_finished |= writer.append(np.append(ids, ends).astype(np.int64))
             writer.state.num_documents += piece.begins_document

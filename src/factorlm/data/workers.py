@@ -84,7 +84,7 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
                 "system does when memory runs out"
             ) from None
         if len(parts) != len(texts):
-            raise DataError(f"the tokenizer failed: {parts[-1].decode('utf-8')}")
+            raise DataError(parts[-1].decode("utf-8"))
         return [np.frombuffer(part, dtype="<u4") for part in parts]
 
     def __exit__(self, *error: object) -> None:
@@ -95,7 +95,13 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
 
 
 def _local_encoder(tokenizer: TextTokenizer) -> Encode:
-    return lambda texts: [tokenizer.encode_array(text.decode("utf-8")) for text in texts]
+    def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
+        try:
+            return [tokenizer.encode_array(text.decode("utf-8")) for text in texts]
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"the tokenizer failed: {error}") from error
+
+    return encode
 
 
 def _write_frame(stream: IO[bytes], parts: Sequence[bytes]) -> None:
@@ -131,8 +137,8 @@ def main(folder: str) -> None:
             return
         try:
             parts = [ids.astype("<u4").tobytes() for ids in encode(texts)]
-        except Exception as error:  # reported where the text is known
-            parts = [b""] * len(texts) + [f"{type(error).__name__}: {error}".encode()]
+        except DataError as error:
+            parts = [b""] * len(texts) + [str(error).encode("utf-8")]
         _write_frame(target, parts)
 
 
