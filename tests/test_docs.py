@@ -1,0 +1,215 @@
+"""What the pages show is executed: code runs, command lines parse, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from factorlm.cli.main import command_names, main
+from factorlm.layers import STRUCTURES
+from factorlm.train.assemble import build_model
+from factorlm.train.config import TrainConfig
+from factorlm.train.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "reports").glob("*.md")]
+)
+DEMO = ROOT / "recipes" / "demo_dense.yaml"
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    kind: str
+    """The words after the fence: ``python``, ``python compile``, ``sh``, ``yaml``, ..."""
+    line: int
+    text: str
+
+
+def blocks(page: Path, *kinds: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```([^\n`]*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    all_blocks = [Block(m[1].strip(), text[: m.start()].count("\n") + 1, m[2]) for m in found]
+    return [block for block in all_blocks if block.kind in kinds]
+
+
+def pages_with(*kinds: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, *kinds)]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# Code ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Structures that a page registers are gone afterwards."""
+    monkeypatch.setattr(STRUCTURES, "_entries", dict(STRUCTURES._entries))
+
+
+def save_files(page: Path, folder: Path) -> None:
+    """Blocks whose first line is ``# name.py`` are files."""
+    for block in blocks(page, "python"):
+        match = re.match(r"# (\w+\.py)\n", block.text)
+        if match:
+            (folder / match[1]).write_text(block.text, encoding="utf-8")
+
+
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page in order, in one namespace, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    save_files(page, tmp_path)
+    known = set(sys.modules)
+    namespace: dict[str, object] = {"__name__": "page"}
+    with torch.random.fork_rng():
+        for block in blocks(page, "python"):
+            if not block.text.startswith("# "):
+                code = compile("\n" * block.line + block.text, str(page), "exec")
+                exec(code, namespace)
+    for path in tmp_path.glob("*.py"):
+        assert path.stem in {*sys.modules} - known or path.stem.startswith("test_")
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("page", pages_with("python compile"), ids=name_of)
+def test_python_compiles(page: Path) -> None:
+    for block in blocks(page, "python compile"):
+        compile("\n" * block.line + block.text, str(page), "exec")
+
+
+@pytest.mark.slow
+def test_the_structure_of_the_page_passes_the_battery(tmp_path: Path) -> None:
+    save_files(ROOT / "docs" / "how-to" / "add-a-structure.md", tmp_path)
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers = slow: takes seconds\npythonpath = .\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "test_block_diagonal.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d{3} passed", done.stdout)
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"), ids=name_of)
+def test_yaml_is_part_of_a_recipe(page: Path) -> None:
+    """Each block over the demo's recipe is a run that can be built."""
+    for block in blocks(page, "yaml"):
+        values = yaml.safe_load(block.text)
+        values.pop("extends", None)
+        config = TrainConfig.from_dict(yaml.safe_load(DEMO.read_text()) | {"name": "page"} | values)
+        build_model(config)
+
+
+# Commands ------------------------------------------------------------------------------------
+
+
+def command_lines(text: str, words: str = r"\w") -> list[list[str]]:
+    """The words of every line that begins with ``words``; one that ends in ``\\`` goes on."""
+    lines = re.findall(rf"^ *((?:{words}).*)", text.replace("\\\n", " "), flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``words`` after ``factorlm``: the command gets as far as its work; its recipe is one."""
+    command = importlib.import_module(f"factorlm.cli.{words[0]}")
+    calls = []
+    monkeypatch.setattr(command, "run", lambda args, extra: calls.append((args, extra)) or 0)
+    assert main(words) == 0, words
+    ((args, extra),) = calls
+    if hasattr(args, "recipe"):
+        path = ROOT / args.recipe
+        load_recipe(path if path.exists() or "my_" not in path.name else DEMO, extra)
+
+
+def shell_lines() -> list[tuple[str, list[str]]]:
+    """From the pages, the recipes' comments and the commands' own examples."""
+    found = [
+        (name_of(page), words)
+        for page in pages_with("sh")
+        for block in blocks(page, "sh")
+        for words in command_lines(block.text)
+    ]
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        comments = re.sub(r"^(# ?)?", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        found += [(path.name, words) for words in command_lines(comments, "factorlm |torchrun ")]
+    for name in command_names():
+        epilog = importlib.import_module(f"factorlm.cli.{name}").EPILOG
+        lines = command_lines(epilog, "factorlm |torchrun ")
+        found += [(f"{name} --help", words) for words in lines]
+    return found
+
+
+LINES = shell_lines()
+
+
+@pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{p}: {' '.join(w)}" for p, w in LINES])
+def test_command_line_parses(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if words[0] == "torchrun":
+        start = words.index("-m")
+        assert words[start + 1] == "factorlm"
+        words = words[start + 1 :]
+    if words[0] == "factorlm":
+        parses(words[1:], monkeypatch)
+    else:
+        assert words[0] in ("make", "pip"), f"{page}: {words}"
+
+
+def test_readme_explains_every_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `factorlm (\w+)` \|", text, flags=re.MULTILINE)) == {
+        *command_names()
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_the_text_exist(page: Path) -> None:
+    named = re.findall(r"`factorlm (\w+)", page.read_text(encoding="utf-8"))
+    assert set(named) <= set(command_names())
+
+
+# Links ---------------------------------------------------------------------------------------
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks and comments."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{name_of(page)}: {target}"
+        assert found.is_relative_to(ROOT), f"{name_of(page)}: {target}"
+        assert not anchor or anchor in anchors(found), f"{name_of(page)}: {target}"
