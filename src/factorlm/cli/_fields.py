@@ -19,7 +19,7 @@ def fields_help(config: type[Any]) -> str:
 def _lines(config: type[Any], prefix: str) -> Iterator[str]:
     """Plain fields first, then the sections."""
     meanings = _meanings(config)
-    sections = []
+    sections: list[dataclasses.Field[Any]] = []
     for field in dataclasses.fields(config):
         if isinstance(field.default_factory, type) and dataclasses.is_dataclass(
             field.default_factory

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", default="", help="text to go on with (default: begin a new document)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="at most (default: 200)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="at most (default: 200, or as many as the model has positions for)",
     )
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument(

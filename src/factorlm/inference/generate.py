@@ -22,6 +22,7 @@ from transformers import (
 from factorlm.config import Config, check
 from factorlm.errors import CheckpointError
 
+DEFAULT_NEW_TOKENS = 200
 WARM_UP_TOKENS = 2
 
 
@@ -86,22 +87,23 @@ def generate_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str = "",
     *,
-    max_new_tokens: int = 200,
+    max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Go on with ``prompt`` until the end-of-text token or ``max_new_tokens``.
 
-    An empty prompt begins a new document. ``on_text`` gets the new text as it comes. A short
-    generation before warms up, so that times are those of a process that serves. Raises
-    ``ConfigError`` where the tokens do not fit the model's positions.
+    None stands for 200 tokens, or as many as the model has positions for; an empty prompt begins
+    a new document. ``on_text`` gets the new text as it comes. A short generation before warms up,
+    so that times are those of a process that serves. Raises ``ConfigError`` where the tokens do
+    not fit the model's positions.
     """
-    check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     prompt_ids = _encode(tokenizer, prompt).to(model.device)
     num_prompt_tokens = prompt_ids.shape[1]
-    _check_length(model, num_prompt_tokens, max_new_tokens)
-    config = _generation_config(model, tokenizer, sampling or Sampling(), max_new_tokens)
-    warm_up = _generation_config(model, tokenizer, Sampling(greedy=True), WARM_UP_TOKENS)
+    count = _num_new_tokens(model, num_prompt_tokens, max_new_tokens)
+    config = _generation_config(model, tokenizer, sampling or Sampling(), count)
+    warm_up_count = min(count, WARM_UP_TOKENS)
+    warm_up = _generation_config(model, tokenizer, Sampling(greedy=True), warm_up_count)
     timer = _TimedStreamer(tokenizer, on_text)
     with torch.random.fork_rng(), torch.no_grad():
         _run(model, prompt_ids, warm_up, None)
@@ -124,13 +126,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     return torch.tensor([ids])
 
 
-def _check_length(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> None:
+def _num_new_tokens(model: PreTrainedModel, num_prompt_tokens: int, wanted: int | None) -> int:
+    """How many tokens to generate at most; raises ``ConfigError`` if they do not fit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = None if limit is None else limit - num_prompt_tokens
+    if wanted is None:
+        wanted = DEFAULT_NEW_TOKENS if room is None else max(1, min(DEFAULT_NEW_TOKENS, room))
+    check(wanted >= 1, f"max_new_tokens={wanted} must be at least 1")
     check(
-        limit is None or num_prompt_tokens + max_new_tokens <= limit,
-        f"max_new_tokens={max_new_tokens} after a prompt of {num_prompt_tokens} tokens exceeds the "
+        room is None or wanted <= room,
+        f"max_new_tokens={wanted} after a prompt of {num_prompt_tokens} tokens exceeds the "
         f"model's max_position_embeddings={limit}",
     )
+    return wanted
 
 
 def _generation_config(

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factorlm.data.tokenizer_building import build_tokenizer
+from factorlm.errors import CheckpointError, ConfigError
+from factorlm.inference import Generation, Sampling, generate_text, load_text_tokenizer
+from factorlm.testing.models import tiny_model
+
+EOS = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer("bytes", folder, ())
+    return load_text_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Ids of ASCII letters are likely, the end of text is not."""
+    model = tiny_model("llama", vocab_size=257, tie_word_embeddings=False, eos_token_id=EOS)
+    with torch.no_grad():
+        model.lm_head.weight[:97] = 0
+        model.lm_head.weight[123:] = 0
+        model.lm_head.weight[97:123] *= 30
+    return model
+
+
+def greedy_ids(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    """Without cache, streamer or generate."""
+    with torch.no_grad():
+        for _ in range(count):
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+def test_greedy_text_is_the_most_likely_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    streamed: list[str] = []
+    found = generate_text(
+        model,
+        tokenizer,
+        "ab c",
+        max_new_tokens=20,
+        sampling=Sampling(greedy=True),
+        on_text=streamed.append,
+    )
+    expected = bytes(greedy_ids(model, [*b"ab c"], 20)).decode()
+    assert found.text == expected
+    assert "".join(streamed) == expected
+    assert (found.num_prompt_tokens, found.num_new_tokens) == (4, 20)
+
+
+def test_samples_are_the_seeds_and_leave_random_state_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def sample(seed: int) -> str:
+        return generate_text(model, tokenizer, "a", sampling=Sampling(seed=seed)).text[:40]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = sample(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    assert sample(1) == first
+    assert sample(2) != first
+
+
+def test_top_k_of_one_is_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = {
+        generate_text(model, tokenizer, "xy", max_new_tokens=12, sampling=sampling).text
+        for sampling in (Sampling(greedy=True), Sampling(top_k=1, temperature=3.0))
+    }
+    assert len(texts) == 1
+
+
+def test_empty_prompt_begins_a_document(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    found = generate_text(model, tokenizer, max_new_tokens=5, sampling=Sampling(greedy=True))
+    assert found.num_prompt_tokens == 1
+    assert found.text == bytes(greedy_ids(model, [EOS], 5)).decode()
+
+
+def test_as_many_tokens_as_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert generate_text(model, tokenizer, "abc").num_new_tokens == 61
+    assert generate_text(model, tokenizer, "a" * 63).num_new_tokens == 1
+
+
+def test_stops_at_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model("llama", vocab_size=257, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[EOS] = 1
+        # A positive last norm makes the sum of the hidden state decide; both signs are tried.
+        likely = greedy_ids(model, [97], 1)[0] == EOS
+        model.lm_head.weight[EOS] = 1 if likely else -1
+    found = generate_text(model, tokenizer, "a", max_new_tokens=9, sampling=Sampling(greedy=True))
+    assert found.num_new_tokens == 1
+    assert found.text == ""
+    assert found.tokens_per_second == 1 / found.prefill_seconds
+
+
+def test_speed_is_that_of_the_median_token() -> None:
+    found = Generation(
+        text="",
+        num_prompt_tokens=1,
+        num_new_tokens=4,
+        prefill_seconds=1.0,
+        decode_ms=(10.0, 900.0, 8.0),
+    )
+    assert found.tokens_per_second == pytest.approx(100)
+    assert found.seconds == pytest.approx(1.918)
+
+
+def test_every_token_is_timed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = generate_text(model, tokenizer, "a", max_new_tokens=7)
+    assert len(found.decode_ms) == found.num_new_tokens - 1 == 6
+    assert min(found.decode_ms) > 0
+    assert found.prefill_seconds > 0
+
+
+def test_refuses_what_does_not_fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(ConfigError, match=r"max_new_tokens=62 after a prompt of 3 tokens exceeds"):
+        generate_text(model, tokenizer, "abc", max_new_tokens=62)
+    with pytest.raises(ConfigError, match="max_new_tokens=0 must be at least 1"):
+        generate_text(model, tokenizer, max_new_tokens=0)
+    with pytest.raises(ConfigError, match="max_new_tokens=1 after a prompt of 64 tokens exceeds"):
+        generate_text(model, tokenizer, "a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_p": 1.5}, r"top_p=1\.5 must lie in"),
+    ],
+)
+def test_sampling_names_a_wrong_field(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**fields)  # type: ignore[arg-type]
+
+
+def test_folder_without_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="no tokenizer that can be opened"):
+        load_text_tokenizer(tmp_path)
