@@ -17,7 +17,7 @@ examples:
   factorlm train recipes/demo_low_rank_32.yaml
   factorlm train recipes/demo_dense.yaml --name wider --model.overrides.intermediate_size 768
   factorlm train recipes/gpt_s_low_rank_32_2B.yaml --dry-run
-  factorlm train recipes/demo_dense.yaml --name healed --model.init_from runs/demo_low_rank_32
+  factorlm train recipes/demo_dense.yaml --name b --model.preset null --model.init_from runs/a
   torchrun --nproc-per-node 8 -m factorlm train recipes/papers/s_low_rank_32.yaml
 
 The same command again resumes the run, bit for bit; a changed field is refused (exit code 3).
