@@ -65,7 +65,7 @@ def parse(cls: type[C], values: Mapping[str, Any], overrides: Sequence[str] = ()
     """Strict reading by jsonargparse, with the errors of factorlm."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, prog="factorlm")
+    parser = ArgumentParser(exit_on_error=False, prog="factorlm", allow_abbrev=False)
     parser.add_class_arguments(cls)
     try:
         namespace = parser.parse_object(dict(values))

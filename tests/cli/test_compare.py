@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from factorlm.cli.main import main
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "tokenizers", "datasets"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+from factorlm.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def runs(tiny_run, tmp_path: Path) -> list[str]:
+    """Two runs, the second a copy."""
+    other = tmp_path / "runs" / "other"
+    shutil.copytree(tiny_run.path, other)
+    return [str(tiny_run.path), str(other)]
+
+
+def test_runs_where_torch_cannot_be_imported(runs: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, "compare", *runs],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [line.split() for line in done.stdout.splitlines() if line.startswith("best val")]
+    assert losses == [["best", "validation", "loss", "4.0000", "4.0000", "+0.0000"]]
+    picture = tmp_path / "runs" / "compare.png"
+    assert f"loss curves: {picture}" in done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_alone_on_stdout(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *runs, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["best_validation_loss"] for run in found] == [4.0, 4.0]
+    assert not (Path(runs[0]).parent / "compare.png").exists()
+
+
+def test_markdown_and_a_picture_elsewhere(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "curves.svg"
+    assert main(["compare", *runs, "--markdown", "--plot", str(picture)]) == 0
+    assert "| parameters | 1,000 | 1,000 | 1.00x |" in capsys.readouterr().out
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_without_matplotlib_the_table_still_comes(
+    runs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["compare", *runs]) == 0
+    out, err = capsys.readouterr()
+    assert "perplexity (best)" in out
+    assert "no curves: pictures need matplotlib: pip install 'factorlm[plots]'" in err
+    assert main(["compare", *runs, "--plot", "curves.png"]) == 3
+
+
+def test_no_plot(runs: list[str]) -> None:
+    assert main(["compare", *runs, "--no-plot"]) == 0
+    assert not (Path(runs[0]).parent / "compare.png").exists()
+
+
+def test_missing_run(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", runs[0], runs[0] + "x"]) == 4
+    assert "tinyx: no such run. Did you mean 'tiny'?" in capsys.readouterr().err
