@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def corpus(tmp_path, make_text):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Everything happens often: cuts, tasks, commits."""
+    """Everything happens often: cuts, tasks, commits. A simulated crash loses no page cache."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(documents_module, "PIECE_BYTES", 2000)
     monkeypatch.setattr(planning_module, "PIECE_BYTES", 2000)
     monkeypatch.setattr(documents_module, "WINDOW_BYTES", 300)

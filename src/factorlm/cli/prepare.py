@@ -86,7 +86,11 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     with _progress(console) as on_progress:
         dataset = prepare(config, on_progress)
     if was_finished:
-        console.print(f"{config.output} was prepared before, with these settings", highlight=False)
+        console.print(
+            f"{config.output} was prepared before, with these settings",
+            highlight=False,
+            soft_wrap=True,
+        )
     _print_summary(dataset, console)
     return 0
 
@@ -137,8 +141,8 @@ def _print_summary(dataset: TokenDataset, console: Console) -> None:
     console.print(table)
     facts = dataset.manifest.extra
     vocabulary = f"vocabulary {dataset.vocab_size:,}, stored as {dataset.dtype.name}"
-    console.print(f"{dataset.path}: {vocabulary}", highlight=False)
+    console.print(f"{dataset.path}: {vocabulary}", highlight=False, soft_wrap=True)
     left_out = {"empty": facts["num_empty_documents"], **facts["rejected"]}
     counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
     if counts:
-        console.print(f"records left out: {counts}", highlight=False)
+        console.print(f"records left out: {counts}", highlight=False, soft_wrap=True)

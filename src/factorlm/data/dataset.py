@@ -139,7 +139,7 @@ def open_dataset(path: str | os.PathLike[str]) -> TokenDataset:
     manifest = read_manifest(path, DataError)
     try:
         return _from_manifest(path, manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         reason = f"{type(error).__name__}: {error}"
