@@ -157,21 +157,21 @@ class RecordFile:
 
         Raises ``DataError`` naming file and line for a damaged line before the last.
         """
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        lines = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = _parse(line)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if number == len(lines):
                     return
-                raise DataError(f"{self.path}:{number}: not a record: {error}") from None
+                raise DataError(f"{self.path}:{number}: not a record: {error!r}") from None
             if record is not None:
                 yield record
 
 
-def _parse(line: str) -> Record | None:
+def _parse(line: bytes) -> Record | None:
     values = json.loads(line)
     name = values.pop("type")
     version = values.pop("format_version")

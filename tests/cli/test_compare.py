@@ -77,6 +77,16 @@ def test_no_plot(runs: list[str]) -> None:
     assert not (Path(runs[0]).parent / "compare.png").exists()
 
 
+def test_all_of_a_folder_of_runs(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell expands ``runs/*``, once a picture is there."""
+    assert main(["compare", *runs]) == 0
+    first = capsys.readouterr().out
+    everything = sorted(str(path) for path in Path(runs[0]).parent.iterdir())
+    assert len(everything) == 3
+    assert main(["compare", *everything]) == 0
+    assert sorted(capsys.readouterr().out) == sorted(first)
+
+
 def test_missing_run(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", runs[0], runs[0] + "x"]) == 4
     assert "tinyx: no such run. Did you mean 'tiny'?" in capsys.readouterr().err

@@ -16,7 +16,14 @@ from factorlm.records import (
     RunRecord,
     StepRecord,
 )
-from factorlm.report import comparison_json, comparison_notes, comparison_table, read_run
+from factorlm.report import (
+    comparison_json,
+    comparison_notes,
+    comparison_table,
+    comparison_tables,
+    read_run,
+    read_runs,
+)
 from factorlm.report.compare import structure_label
 
 TOKENS_PER_STEP = 100
@@ -136,6 +143,16 @@ def test_table_relates_to_the_first_run(tmp_path: Path) -> None:
     assert comparison_notes(runs) == ["* unfinished"]
 
 
+def test_many_runs_go_into_tables_that_fit(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / f"run_{number}")) for number in range(5)]
+    tables = comparison_tables(runs, 75)
+    assert [table.header[1] for table in tables] == ["run_0", "run_0"]
+    assert [table.header[2::2] for table in tables] == [("run_1", "run_2"), ("run_3", "run_4")]
+    assert max(len(line) for table in tables for line in table.plain().splitlines()) <= 75
+    assert comparison_tables(runs, None) == [comparison_table(runs)]
+    assert len(comparison_tables(runs, 1)) == 4
+
+
 def test_json_has_the_same_numbers(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", step_ms=5.0))]
     first, second = json.loads(json.dumps(comparison_json(runs), allow_nan=False))
@@ -169,6 +186,12 @@ def test_a_copy_of_the_records_is_a_run(tmp_path: Path) -> None:
     copy = tmp_path / "published.jsonl"
     copy.write_bytes((run / "records.jsonl").read_bytes())
     assert read_run(copy) == read_run(run)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / folder / "a") for folder in ("one", "two")]
+    paths.append(write_run(tmp_path / "one" / "b"))
+    assert [run.label for run in read_runs(paths)] == [str(paths[0]), str(paths[1]), "b"]
 
 
 def test_other_data_is_noted(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def summary(name: str, *, num_steps: int = 300, num_evals: int = 3, start: float
         )
         for index in np.linspace(0, num_steps - 1, num_evals).astype(int)
     )
-    return RunSummary(run=run, steps=steps, evals=evals, generation=None, is_finished=False)
+    return RunSummary(
+        label=name, run=run, steps=steps, evals=evals, generation=None, is_finished=False
+    )
 
 
 @pytest.mark.parametrize(

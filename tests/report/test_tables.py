@@ -5,6 +5,7 @@ import pytest
 from factorlm.report.tables import (
     Table,
     format_count,
+    format_power,
     format_scientific,
     format_seconds,
     format_tick,
@@ -52,10 +53,17 @@ def test_format_count(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (2.5, "2.5"), (250_000, "250K"), (1.5e6, "1.5M"), (2e9, "2B"), (7.5e18, "7.5e18")],
+    [(0, "0"), (2.5, "2.5"), (250_000, "250K"), (1.5e6, "1.5M"), (2e9, "2B"), (1.5e13, "15T")],
 )
 def test_format_tick(value: float, text: str) -> None:
     assert format_tick(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (50_000_000_000, "5e10"), (7.5e18, "7.5e18")]
+)
+def test_format_power(value: float, text: str) -> None:
+    assert format_power(value) == text
 
 
 def test_format_scientific() -> None:

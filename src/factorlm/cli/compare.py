@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from factorlm.config import check
 from factorlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,28 +48,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Print the comparison and draw the curves."""
-    from factorlm.report import read_run
+    from factorlm.report import read_runs
+    from factorlm.report.figures import SUFFIXES
 
-    runs = [read_run(path) for path in args.runs]
+    # ``runs/*`` finds the picture of an earlier comparison too.
+    paths = [path for path in args.runs if path.suffix not in SUFFIXES]
+    check(bool(paths), "name at least one run")
+    runs = read_runs(paths)
     _print(args, runs)
     if args.plot is not None:
         _plot(runs, args.plot)
     elif not args.no_plot and not args.json:
         try:
-            _plot(runs, args.runs[0].resolve().parent / "compare.png")
+            _plot(runs, paths[0].resolve().parent / "compare.png")
         except ConfigError as error:
             print(f"no curves: {error}", file=sys.stderr)
     return 0
 
 
 def _print(args: argparse.Namespace, runs: list[RunSummary]) -> None:
-    from factorlm.report import comparison_json, comparison_notes, comparison_table
+    from factorlm.report import (
+        comparison_json,
+        comparison_notes,
+        comparison_table,
+        comparison_tables,
+    )
 
     if args.json:
         print(json.dumps(comparison_json(runs), indent=2))
         return
-    table = comparison_table(runs)
-    print(table.markdown() if args.markdown else table.plain())
+    if args.markdown:
+        print(comparison_table(runs).markdown())
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n\n".join(table.plain() for table in comparison_tables(runs, width)))
     for note in comparison_notes(runs):
         print(note)
 

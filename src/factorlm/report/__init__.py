@@ -5,7 +5,9 @@ from factorlm.report.compare import (
     comparison_json,
     comparison_notes,
     comparison_table,
+    comparison_tables,
     read_run,
+    read_runs,
 )
 from factorlm.report.figures import plot_losses
 from factorlm.report.tables import Table
@@ -16,6 +18,8 @@ __all__ = [
     "comparison_json",
     "comparison_notes",
     "comparison_table",
+    "comparison_tables",
     "plot_losses",
     "read_run",
+    "read_runs",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import statistics
@@ -33,6 +34,8 @@ UNFINISHED = " *"
 class RunSummary:
     """One run: what it is, how far it came, and its records."""
 
+    label: str
+    """Its name; where several runs have that name, its path."""
     run: RunRecord
     steps: tuple[StepRecord, ...]
     """At least one."""
@@ -92,12 +95,23 @@ def read_run(path: str | os.PathLike[str]) -> RunSummary:
         raise DataError(f"{path}: its records hold no training step yet")
     generations = _of_type(records, GenerationRecord)
     return RunSummary(
+        label=runs[-1].name,
         run=runs[-1],
         steps=tuple(steps),
         evals=tuple(e for e in _of_type(records, EvalRecord) if e.source == VALIDATION),
         generation=generations[-1] if generations else None,
         is_finished=any(event.event == "finished" for event in _of_type(records, EventRecord)),
     )
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[RunSummary]:
+    """``read_run`` of each, under labels that tell them apart."""
+    runs = [read_run(path) for path in paths]
+    names = [run.label for run in runs]
+    return [
+        dataclasses.replace(run, label=os.fspath(path)) if names.count(run.label) > 1 else run
+        for run, path in zip(runs, paths, strict=True)
+    ]
 
 
 def _records_path(path: Path) -> Path:
@@ -201,12 +215,25 @@ def comparison_table(runs: Sequence[RunSummary]) -> Table:
     first = runs[0]
     header, structures, steps = [""], ["structure"], ["steps"]
     for index, run in enumerate(runs):
-        name = run.run.name + ("" if run.is_finished else UNFINISHED)
+        name = run.label + ("" if run.is_finished else UNFINISHED)
         header += [name, "vs first"] if index else [name]
         structures += [run.structure, ""] if index else [run.structure]
         steps += [_progress(run), ""] if index else [_progress(run)]
     rows = [tuple(structures), *(_row(metric, runs, first) for metric in METRICS), tuple(steps)]
     return Table(header=tuple(header), rows=tuple(rows))
+
+
+def comparison_tables(runs: Sequence[RunSummary], width: int | None) -> list[Table]:
+    """``comparison_table`` in tables of at most ``width`` characters, each with the first run."""
+    tables: list[Table] = []
+    block = [runs[0]]
+    for run in runs[1:]:
+        wider = comparison_table([*block, run]).plain()
+        if width is not None and len(block) > 1 and len(wider.splitlines()[1]) > width:
+            tables.append(comparison_table(block))
+            block = [runs[0]]
+        block.append(run)
+    return [*tables, comparison_table(block)]
 
 
 def _row(metric: Metric, runs: Sequence[RunSummary], first: RunSummary) -> tuple[str, ...]:
@@ -235,7 +262,7 @@ def comparison_json(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """One object a run: the metrics, and under ``relative`` those relative to the first run."""
     return [
         {
-            "name": run.run.name,
+            "name": run.label,
             "structure": run.structure,
             "num_steps_done": run.steps[-1].step,
             "num_steps": run.run.num_steps,

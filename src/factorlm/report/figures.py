@@ -12,7 +12,7 @@ import numpy as np
 
 from factorlm.errors import ConfigError
 from factorlm.report.compare import RunSummary
-from factorlm.report.tables import format_tick
+from factorlm.report.tables import format_power, format_tick
 from factorlm.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ MAX_POINTS = 800
 SMOOTHED_SHARE = 0.02
 """Share of a run's steps that one point of a training curve averages."""
 SHOWN_SHARE = 0.08
-"""The vertical axis begins with the loss that is reached after this share of a run."""
+"""The vertical axis begins with the losses after this share of the longest run."""
+LEGEND_CHARACTERS = 150
+"""That fit beside each other, the line of an entry counted as seven."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,23 @@ def _draw_losses(curves: Sequence[Curve]) -> Figure:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.08})
     unit, unit_seconds = _time_unit(max(curve.seconds[-1] for curve in curves))
     for index, curve in enumerate(curves):
         color = COLORS[index % len(COLORS)]
         xs = (np.asarray, curve.flops_at, lambda n, c=curve: c.seconds_at(n) / unit_seconds)
         for axes, x_of in zip(panels, xs, strict=True):
             _draw(axes, curve, color, x_of)
-    labels = ("tokens", "training FLOPs", f"training time ({unit})")
-    for axes, label in zip(panels, labels, strict=True):
+    labels = {
+        "tokens": format_tick,
+        "training FLOPs": format_power,
+        f"training time ({unit})": format_tick,
+    }
+    for axes, (label, write) in zip(panels, labels.items(), strict=True):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, w=write: w(value)))
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].set_ylim(*_limits(curves))
     _legend(figure, curves)
@@ -147,7 +153,8 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """From under the lowest loss to where the runs are once their first steep fall is over."""
     ends = [record.loss for curve in curves for record in curve.run.evals]
     low = min([*ends, *(float(np.nanmin(curve.loss)) for curve in curves)])
-    high = max(float(curve.loss[int(SHOWN_SHARE * len(curve.loss))]) for curve in curves)
+    start = SHOWN_SHARE * max(curve.num_tokens[-1] for curve in curves)
+    high = max(float(np.interp(start, curve.num_tokens, curve.loss)) for curve in curves)
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 
@@ -158,13 +165,15 @@ def _legend(figure: Figure, curves: Sequence[Curve]) -> None:
     handles = []
     for index, curve in enumerate(curves):
         best = curve.run.best
-        label = curve.run.run.name + (f" ({best.loss:.3f})" if best else "")
+        label = curve.run.label + (f" (best {best.loss:.3f})" if best else "")
         label += "" if curve.run.is_finished else ", unfinished"
         handles.append(Line2D([], [], color=COLORS[index % len(COLORS)], lw=2.5, label=label))
     gray = "#777777"
     handles.append(Line2D([], [], color=gray, marker="o", ms=3.5, lw=1.6, label="validation"))
     handles.append(Line2D([], [], color=gray, alpha=0.5, lw=1.2, label="training, smoothed"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(len(handles), max(1, LEGEND_CHARACTERS // (longest + 7)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:

@@ -51,14 +51,17 @@ def format_count(value: float) -> str:
 
 
 def format_tick(value: float) -> str:
-    """As short as an axis wants it: ``0``, ``250K``, ``1.5M``, ``2e18``."""
-    if abs(value) >= 1e12:
-        mantissa, _, exponent = f"{value:.3e}".partition("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+    """As short as an axis wants it: ``0``, ``2.5``, ``250K``, ``1.5M``, ``20B``."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def format_power(value: float) -> str:
+    """As short as an axis wants it, with a power of ten: ``0``, ``2.5e18``."""
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def _digits(value: float) -> str:
