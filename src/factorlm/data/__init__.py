@@ -1,6 +1,16 @@
 """Text to token shards, and token shards to batches; torch is never imported."""
 
+from typing import TYPE_CHECKING
+
 from factorlm.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from factorlm.data.config import PrepareConfig
+    from factorlm.data.dataset import TokenDataset, open_dataset
+    from factorlm.data.loader import TokenLoader
+    from factorlm.data.preparation import PrepareProgress, prepare
+    from factorlm.data.tokenizer import TextTokenizer, load_tokenizer
+    from factorlm.data.windows import EvalBatch, EvalWindows
 
 __all__ = [
     "EvalBatch",

@@ -16,7 +16,7 @@ PIECE_BYTES = 256 * 2**10
 WINDOW_BYTES = 2**10
 """How far to either side of a cut its effect on the ids is looked at."""
 MAX_WHOLE_BYTES = 4 * 2**20
-"""The longest text without a cut: encoding takes about 100 bytes of memory for each of its bytes."""
+"""The longest text without a cut: encoding it takes about 100 times its size in memory."""
 
 
 @dataclass(frozen=True)

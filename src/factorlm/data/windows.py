@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,34 +67,37 @@ class EvalWindows:
         """UTF-8 bytes of the split's text: bits per byte = nats / ln 2 / bytes."""
         if self.num_targets == 0:
             raise DataError(f"{dataset.path}: split '{split}' has no token to predict")
-        self._windows = [
-            (stream, start)
-            for stream in found.streams
-            for start in range(0, stream.num_tokens - 1, context_length)
-        ]
+        self._streams = found.streams
+        counts = (-(-(stream.num_tokens - 1) // context_length) for stream in found.streams)
+        self._ends = list(itertools.accumulate(counts))
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._eos_id = dataset.eos_id
 
     @property
     def num_windows(self) -> int:
         """Over all ranks."""
-        return len(self._windows)
+        return self._ends[-1]
 
     def __len__(self) -> int:
         """Batches, the same on every rank."""
-        return -(-len(self._windows) // (self._batch_size * self._world_size))
+        return -(-self.num_windows // (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[EvalBatch]:
         for step in range(len(self)):
             start = (step * self._world_size + self._rank) * self._batch_size
-            rows = self._windows[start : start + self._batch_size]
-            yield self._read(rows)
+            yield self._read(range(start, min(start + self._batch_size, self.num_windows)))
 
-    def _read(self, rows: list[tuple[TokenStream, int]]) -> EvalBatch:
-        shape = (max(len(rows), 1), self.context_length)
+    def _place(self, window: int) -> tuple[TokenStream, int]:
+        """The stream of a window and its first position there."""
+        source = bisect.bisect_right(self._ends, window)
+        first = self._ends[source - 1] if source else 0
+        return self._streams[source], (window - first) * self.context_length
+
+    def _read(self, windows: range) -> EvalBatch:
+        shape = (max(len(windows), 1), self.context_length)
         inputs = np.full(shape, self._eos_id, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
-        for row, (stream, start) in enumerate(rows):
+        for row, (stream, start) in enumerate(map(self._place, windows)):
             count = min(self.context_length, stream.num_tokens - 1 - start)
             ids = stream.read(start, count + 1)
             inputs[row, :count] = ids[:-1]
