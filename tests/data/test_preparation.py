@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -426,3 +428,54 @@ def test_killed_at_random_times(tmp_path, make_text, workers):
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "undisturbed")
     open_dataset(tmp_path / "out").verify()
     load_tokenizer(tmp_path / "out" / "tokenizer")
+
+
+def test_a_full_disk_is_a_storage_error_and_the_next_attempt_goes_on(tmp_path, make_text):
+    """A limit on the size of files stands for a disk without room; 6 is the code for storage."""
+    path = tmp_path / "a.txt"
+    path.write_text(make_text(30_000))
+    code = (
+        "import resource, sys\n"
+        "from factorlm.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "sys.exit(main(['prepare', *sys.argv[1:], '--tokenizer', 'bytes', '--workers', '1']))\n"
+    )
+    command = [sys.executable, "-c", code, str(path), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 6
+    assert "train-00-00000.bin: [Errno 27] File too large" in done.stderr
+    config = PrepareConfig(
+        sources=(str(path),), output=str(tmp_path / "out"), tokenizer="bytes", workers=1
+    )
+    prepare(config)
+    prepare(config.replace(output=str(tmp_path / "undisturbed")))
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "undisturbed")
+
+
+def test_a_config_is_read_from_plain_values():
+    config = PrepareConfig(sources=("a", "b"), output="c", weights=(1, 0.5), val_sources=("d",))
+    assert PrepareConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="Did you mean 'tokenizer'"):
+        PrepareConfig.from_dict({"sources": ["a"], "output": "c", "tokeniser": "bytes"})
+
+
+@pytest.mark.slow
+def test_memory_of_all_processes_is_bounded_whatever_the_input(tmp_path, make_text):
+    """One document of 80 MB with a BPE and two workers: far below 1.5 GB in sum."""
+    part = make_text(150_000)
+    with (tmp_path / "a.txt").open("w") as file:
+        for _ in range(80_000_000 // len(part.encode())):
+            file.write(part)
+    process = psutil.Popen(
+        [sys.executable, "-m", "factorlm", "prepare", str(tmp_path / "a.txt"), "-o",
+         str(tmp_path / "out"), "--tokenizer", "bpe:600", "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            family = [process, *process.children()]
+            peak = max(peak, sum(member.memory_full_info().pss for member in family))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert 50e6 < peak < 700e6
