@@ -29,7 +29,7 @@ def test_docstring_says_how_to_run_it(path: Path) -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_runs_in_a_process_of_its_own_without_network(path: Path, tmp_path: Path) -> None:
     """An address that refuses every connection stands in for the network."""
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     done = subprocess.run(
         [sys.executable, str(path)],
         cwd=tmp_path,
