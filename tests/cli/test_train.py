@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -108,6 +109,26 @@ def test_dry_run_looks_at_the_data_too(recipe: Path, capsys: pytest.CaptureFixtu
     assert "data.path='nowhere' holds no prepared data" in capsys.readouterr().err
     assert main(["train", str(recipe), "--dry-run", "--model.vocab_size", "200"]) == 3
     assert "model.vocab_size=200" in capsys.readouterr().err
+
+
+def test_trains_once_and_says_so_again(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(recipe), "--runs-dir", str(tmp_path / "new"), "--name", "one"]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'one'} is finished: 3 steps are done\n"
+    assert main([*command, "--seed", "1"]) == 3
+    assert "seed=1, was 0" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "new" / "one"), "--max-new-tokens", "3"]) == 0
+    assert main(["eval", str(tmp_path / "new" / "one")]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "new" / "one"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["is_finished"]
+    assert found["num_tokens"] == 3 * 2 * 32
+    assert found["generation_tokens_per_second"] > 0
 
 
 def test_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

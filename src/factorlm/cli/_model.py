@@ -46,12 +46,16 @@ def find_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one. Raises ``ConfigError`` for one that is not there."""
     import torch
 
-    has_cuda = torch.cuda.is_available()
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
-    check(name.partition(":")[0] in ("cpu", "cuda"), f"--device {name}: cpu, cuda or cuda:<number>")
-    check(name == "cpu" or has_cuda, f"--device {name}: no CUDA device was found")
+        return torch.device("cuda" if count else "cpu")
+    known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(count))]
+    check(name in known and (name == "cpu" or count > 0), f"--device {name}: {_devices(count)}")
     return torch.device(name)
+
+
+def _devices(count: int) -> str:
+    return f"cpu or cuda, cuda:0 to cuda:{count - 1}" if count else "there is only cpu here"
 
 
 @dataclass(frozen=True)
