@@ -132,6 +132,17 @@ def test_a_crash_at_any_file_operation_changes_nothing(
         assert snapshot(tmp_path / f"out-{operation}") == expected
 
 
+def test_shards_are_durable_before_the_manifest(corpus, tmp_path, small_pieces):
+    with crash_at() as trace:
+        prepare(config_for(corpus, tmp_path / "out"))
+    last = {operation: len(trace) - 1 - trace[::-1].index(operation) for operation in trace}
+    sealed = max(place for operation, place in last.items() if operation[0] == "create")
+    assert trace[sealed][1].startswith(".tmp-manifest.json")
+    for name in os.listdir(tmp_path / "out" / "shards"):
+        assert last["write", name] < last["fsync", name] < last["fsync_path", "shards"] < sealed
+    assert trace[-1] == ("remove", "progress.json")
+
+
 def test_many_crashes_in_a_row_still_get_through(corpus, tmp_path, small_pieces):
     prepare(config_for(corpus, tmp_path / "undisturbed"))
     config, attempts = config_for(corpus, tmp_path / "out"), 0

@@ -121,6 +121,7 @@ class _Preparation:
     def run(self) -> None:
         """Write tokenizer, shards and manifest."""
         self.progress = start_or_resume(self.output, self.signature, self.modified)
+        self.committed_bytes = self.progress.num_text_bytes
         rules = self._rules()
         config = self.config
         planner = Planner(self.sources, rules, config.text_column, config.tolerant)
@@ -137,6 +138,7 @@ class _Preparation:
             self._judge_rejected(0)
             for writer in self.writers.values():
                 writer.close()
+            self._commit()
         self._check_splits()
         write_manifest(self.output, self._facts(rules), self._files())
 
@@ -238,22 +240,17 @@ class _Preparation:
 
     def _check_splits(self) -> None:
         """Refuse a split that was asked for and got nothing."""
-        wanted = {TRAIN} | (
-            {VALIDATION} if self.config.val_sources or self.config.fraction else set()
-        )
-        for name in sorted(wanted):
-            streams = self.progress.streams.items()
-            if not any(stem.startswith(name) and stream.num_tokens for stem, stream in streams):
+        validates = self.config.val_sources or self.config.fraction
+        for name in (TRAIN, VALIDATION) if validates else (TRAIN,):
+            if not any(stream["num_tokens"] for stream in self._streams(name)):
                 raise DataError(
                     f"split '{name}' got no text of {self.progress.num_records:,} records with "
                     f"val_fraction={float(self.config.fraction)}: change it, or give val_sources"
                 )
 
     def _files(self) -> dict[str, Any]:
-        folder = self.output / TOKENIZER_FOLDER
-        files = {
-            f"{TOKENIZER_FOLDER}/{path.name}": describe_file(path) for path in folder.iterdir()
-        }
+        paths = (self.output / TOKENIZER_FOLDER).iterdir()
+        files = {f"{TOKENIZER_FOLDER}/{path.name}": describe_file(path) for path in paths}
         for stream in self.progress.streams.values():
             files |= stream.closed
         return files
