@@ -17,8 +17,10 @@ from factorlm.train.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "factorlm"
 FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", "recipes", "reports", ".ci")
-MAX_LINES = 450
+MAX_LINES = 400
 """A file this long has eaten its neighbours; half of it is usual."""
+MAX_TEST_LINES = 500
+"""Tests of one file stay in one file."""
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:work|home|root|Users|mnt|scratch)/[\w.]|[A-Z]:\\\\[A-Za-z]")
 
 
@@ -64,7 +66,10 @@ def test_no_file_has_eaten_its_neighbours() -> None:
         for path in text_files()
         if path.suffix in (".py", ".md")
     }
-    too_long = {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > MAX_LINES}
+    limits = {
+        path: MAX_TEST_LINES if ROOT / "tests" in path.parents else MAX_LINES for path in lengths
+    }
+    too_long = {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > limits[p]}
     assert not too_long
 
 
