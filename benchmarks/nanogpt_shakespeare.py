@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 from factorlm.measure import environment
 from factorlm.records import EvalRecord, RecordFile
@@ -56,10 +58,15 @@ def run_factorlm(data: Path, folder: Path) -> tuple[float, float]:
 
 
 def prepare(clone: Path, text: Path, data: Path) -> None:
-    """The same text for both."""
-    target = clone / "data" / "shakespeare_char" / "input.txt"
-    shutil.copyfile(text, target)
-    timed([sys.executable, "prepare.py"], target.parent)
+    """The same text for both; nanoGPT's files are what its own script writes after a download."""
+    folder = clone / "data" / "shakespeare_char"
+    characters = text.read_text()
+    alphabet = {letter: number for number, letter in enumerate(sorted(set(characters)))}
+    ids = np.array([alphabet[letter] for letter in characters], dtype=np.uint16)
+    cut = int(0.9 * len(ids))
+    ids[:cut].tofile(folder / "train.bin")
+    ids[cut:].tofile(folder / "val.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(alphabet)}))
     command = [sys.executable, "-m", "factorlm", "prepare", str(text), "-o", str(data)]
     timed([*command, "--tokenizer", "bytes", "--val-fraction", "0.1"], Path.cwd())
 
