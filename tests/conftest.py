@@ -1,4 +1,4 @@
-"""Every test runs on one thread, with fresh memory poisoned by NaN so that unwritten values show."""
+"""Every test runs on one thread, with fresh memory full of NaN, so that unwritten values show."""
 
 from __future__ import annotations
 

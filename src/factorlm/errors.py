@@ -1,13 +1,13 @@
 """The errors that a user can meet, each with the exit code that the command line gives it.
 
-    FactorlmError            1
-    ├── ConfigError          3   a recipe, a flag or an argument is wrong
-    ├── DataError            4   text or token shards are wrong or damaged
-    ├── CheckpointError      5   a checkpoint is damaged, incomplete or not to be trusted
-    ├── StorageError         6   disk full, read-only, locked by another process
-    ├── PeerLostError        7   another rank went away
-    ├── NumericError         8   a loss or gradient is not finite
-    └── InterruptedRun      75   stopped by a signal with a complete checkpoint: run it again
+FactorlmError            1
+├── ConfigError          3   a recipe, a flag or an argument is wrong
+├── DataError            4   text or token shards are wrong or damaged
+├── CheckpointError      5   a checkpoint is damaged, incomplete or not to be trusted
+├── StorageError         6   disk full, read-only, locked by another process
+├── PeerLostError        7   another rank went away
+├── NumericError         8   a loss or gradient is not finite
+└── InterruptedRun      75   stopped by a signal with a complete checkpoint: run it again
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DataError(FactorlmError, ValueError):
 
 
 class CheckpointError(FactorlmError, ValueError):
-    """A checkpoint or model folder is damaged, incomplete, or does not fit what it is loaded into."""
+    """A checkpoint or model folder is damaged, incomplete, or does not fit where it is loaded."""
 
     exit_code = 5
 

@@ -29,8 +29,5 @@ def learning_rate_at(
         return peak
     length = num_steps - warmup if kind == "cosine" else int(decay_ratio * num_steps)
     done = min(max((step - (num_steps - length)) / max(length - 1, 1), 0.0), 1.0)
-    if kind == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        left = 1 - done
+    left = 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done
     return peak * (final_ratio + (1 - final_ratio) * left)

@@ -176,8 +176,6 @@ class TrackingSection(Config):
     """Write TensorBoard event files into the run's folder (needs tensorboard)."""
     wandb_project: str | None = None
     """Log to this W&B project (needs wandb)."""
-    log_every: int = 10
-    """Steps between lines where there is no terminal for a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
