@@ -65,10 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, chunk_elements // weight.shape[0])
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        grads = [
-            torch.zeros(x.shape, dtype=wide, device=x.device) if need and x is not None else None
-            for x, need in zip((hidden, weight, bias), needs, strict=True)
-        ]
+        needs[2] = needs[2] and bias is not None
+        sums = _GradientSums(*needs)
         head = weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -79,8 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss, slope = _chunk_loss(logits, target, softcap, any(needs))
                 total += loss
                 if slope is not None:
-                    _accumulate(grads, chunk, slope.mul_(scale), x, head)
-        ctx.save_for_backward(*grads)
+                    sums.add(slope if scale == 1.0 else slope.mul_(scale), x, head)
+        ctx.save_for_backward(*sums.gradients())
         ctx.dtypes = [x.dtype if x is not None else None for x in (hidden, weight, bias)]
         return total
 
@@ -123,15 +121,30 @@ def _chunk_loss(
     return loss, slope
 
 
-def _accumulate(
-    grads: list[Tensor | None], chunk: slice, slope: Tensor, x: Tensor, head: Tensor
-) -> None:
-    """Add a chunk's part to the gradients of hidden, weight and bias."""
-    hidden_grad, weight_grad, bias_grad = grads
-    narrow = slope.to(x.dtype)
-    if hidden_grad is not None:
-        hidden_grad[chunk] = narrow @ head
-    if weight_grad is not None:
-        weight_grad += narrow.t() @ x
-    if bias_grad is not None:
-        bias_grad += slope.sum(0)
+class _GradientSums:
+    """The gradients of hidden, weight and bias, as the chunks give them."""
+
+    def __init__(self, hidden: bool, weight: bool, bias: bool) -> None:
+        self._needs = hidden, weight, bias
+        self._hidden: list[Tensor] = []
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def add(self, slope: Tensor, x: Tensor, head: Tensor) -> None:
+        """The part of one chunk: ``slope`` (rows, V), ``x`` (rows, H), ``head`` (V, H)."""
+        narrow = slope.to(x.dtype)
+        if self._needs[0]:
+            self._hidden.append(narrow @ head)
+        if self._needs[1]:
+            part = (narrow.t() @ x).to(slope.dtype)
+            self._weight = part if self._weight is None else self._weight.add_(part)
+        if self._needs[2]:
+            part = slope.sum(0)
+            self._bias = part if self._bias is None else self._bias.add_(part)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Each None where it is not needed."""
+        if not self._hidden:
+            return None, self._weight, self._bias
+        whole = self._hidden[0] if len(self._hidden) == 1 else torch.cat(self._hidden)
+        return whole, self._weight, self._bias
