@@ -40,6 +40,8 @@ class Watched(Trainer):
                 whole = parameter.full_tensor()
                 if parameter.ndim == 3:
                     self.cut.add(str(parameter.placements[0]))
+                    # What all ranks send is the factor itself, without padding.
+                    assert self.world.size * parameter.to_local().numel() == parameter.numel()
             self.initial[name] = whole.detach().numpy().tobytes()
 
 

@@ -26,7 +26,8 @@ class ModelSection(Config):
         check(self.vocab_size >= 1, f"model.vocab_size={self.vocab_size} must be at least 1")
         check(
             self.preset is None or self.init_from is None,
-            f"model.preset={self.preset!r} and model.init_from={self.init_from!r}: name only one",
+            f"model.preset={self.preset!r} and model.init_from={self.init_from!r}: name only one "
+            "(--model.preset null takes the recipe's preset away)",
         )
 
 
