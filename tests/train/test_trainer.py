@@ -114,8 +114,8 @@ def test_the_validation_loss_is_that_of_every_window(
     records = fit(config, tmp_path)
     evals = [record for record in records if isinstance(record, EvalRecord)]
     data = open_dataset(config.data.path)
-    assert [record.step for record in evals] == [4, 8, 10]
-    assert [record.num_eval_tokens for record in evals[:2]] == [320, 320]  # 4 batches of 5 x 16
+    assert [record.step for record in evals] == [4, 8, 10, 10]
+    assert [record.num_eval_tokens for record in evals[:3]] == [320] * 3  # 4 batches of 5 x 16
     assert evals[-1].num_eval_tokens == data.split("validation").num_tokens - 1
     model = load(tmp_path / "tiny" / "model")
     nats, count = 0.0, 0
@@ -129,6 +129,15 @@ def test_the_validation_loss_is_that_of_every_window(
     assert evals[-1].perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
     bits = nats / math.log(2) / data.split("validation").num_text_bytes
     assert evals[-1].bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_best_model_is_chosen_on_equal_text(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config(eval={"every_steps": 5, "num_tokens": 256, "num_sequences": 4})
+    evals = [r for r in fit(config, tmp_path) if isinstance(r, EvalRecord)]
+    on_part = {record.step: record.loss for record in evals[:-1]}
+    assert on_part[10] < on_part[5]
+    last, best = weights(tmp_path, "model"), weights(tmp_path, "model-best")
+    assert all(torch.equal(last[name], best[name]) for name in last)
 
 
 def test_a_run_leaves_models_that_plain_transformers_opens(

@@ -74,7 +74,9 @@ class RunOfModel:
         records = list(self._file)
         evals = [r for r in records if isinstance(r, EvalRecord) and r.source == "validation"]
         if best and evals:
-            lowest = min(evals, key=lambda record: record.loss)
+            part = min(record.num_eval_tokens for record in evals)  # what best is chosen on
+            equal = [record for record in evals if record.num_eval_tokens == part]
+            lowest = min(equal, key=lambda record: record.loss)
             return lowest.step, lowest.num_tokens
         steps = [r for r in records if isinstance(r, StepRecord)]
         return (steps[-1].step, steps[-1].num_tokens) if steps else (0, 0)

@@ -78,6 +78,12 @@ class RunSummary:
         return min(whole, key=lambda record: record.loss, default=None)
 
     @property
+    def curve(self) -> tuple[EvalRecord, ...]:
+        """The evaluations over equally much text, the ones that training makes on the way."""
+        least = min((record.num_eval_tokens for record in self.evals), default=0)
+        return tuple(record for record in self.evals if record.num_eval_tokens == least)
+
+    @property
     def last(self) -> EvalRecord | None:
         """The newest evaluation."""
         return self.evals[-1] if self.evals else None

@@ -143,15 +143,15 @@ def _draw(axes: Axes, curve: Curve, color: str, x_of: Any) -> None:
     stride = -(-len(curve.loss) // MAX_POINTS)
     x, y = x_of(curve.num_tokens[::stride]), curve.loss[::stride]
     axes.plot(x, y, color=color, alpha=0.35, lw=1.2, zorder=1.9)
-    tokens = np.array([record.num_tokens for record in curve.run.evals], dtype=float)
-    losses = [record.loss for record in curve.run.evals]
+    tokens = np.array([record.num_tokens for record in curve.run.curve], dtype=float)
+    losses = [record.loss for record in curve.run.curve]
     every = -(-max(len(losses), 1) // 25)
     axes.plot(x_of(tokens), losses, color=color, lw=1.6, marker="o", ms=3.5, markevery=every)
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """From under the lowest loss to where the runs are once their first steep fall is over."""
-    ends = [record.loss for curve in curves for record in curve.run.evals]
+    ends = [record.loss for curve in curves for record in curve.run.curve]
     low = min([*ends, *(float(np.nanmin(curve.loss)) for curve in curves)])
     start = SHOWN_SHARE * max(curve.num_tokens[-1] for curve in curves)
     high = max(float(np.interp(start, curve.num_tokens, curve.loss)) for curve in curves)

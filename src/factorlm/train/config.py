@@ -130,7 +130,8 @@ class EvalSection(Config):
     every_steps: int | None = None
     """Steps between evaluations; None: only at the end."""
     num_tokens: int | None = None
-    """Tokens of validation text to use; None: all of it. The last evaluation uses all."""
+    """Tokens of validation text to use, of which the best model is chosen; None: all of it. After
+    the last step there is one more evaluation, of all."""
     num_sequences: int | None = None
     """Sequences of one forward pass; None: as in training."""
 

@@ -171,8 +171,6 @@ class Trainer:
                 return
             self._step()
 
-    # One step ------------------------------------------------------------------------------
-
     def _step(self) -> None:
         started = time.perf_counter()
         step = self.state.step
@@ -273,11 +271,9 @@ class Trainer:
         self._event("not finite", loss=loss, grad_norm=norm, gradients=bad[:8])
         raise NumericError(
             f"step {step}: loss {loss}, gradient norm {norm}; gradients that are not finite: "
-            f"{', '.join(bad[:8]) or 'none'}{' ...' if len(bad) > 8 else ''}. The update was not "
-            f"made; the newest checkpoint is of an earlier step"
+            f"{', '.join(bad[:8]) or 'none'}{' ...' if len(bad) > 8 else ''}. "
+            "The update was not made"
         )
-
-    # Evaluation and saving -----------------------------------------------------------------
 
     def _eval_due(self) -> bool:
         step, every = self.state.step, self.config.eval.every_steps
@@ -286,12 +282,29 @@ class Trainer:
         return step == self.config.num_steps or (every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
-        """The loss on the validation split; a signal leaves it to the resumed run."""
-        is_last = self.state.step == self.config.num_steps
-        result = self._validation_loss(None if is_last else self.config.eval.num_tokens)
-        if result is None:
+        """The loss on ``eval.num_tokens``, which chooses the best model; at the end on all too.
+
+        A signal leaves it to the resumed run.
+        """
+        part = self._validation_loss(self.config.eval.num_tokens)
+        if part is None:
             return
-        record = EvalRecord(
+        results = [part]
+        if self.state.step == self.config.num_steps and self.config.eval.num_tokens is not None:
+            whole = self._validation_loss(None)
+            if whole is None:
+                return
+            results.append(whole)
+        self.state = self.state.replace(evaluated_step=self.state.step)
+        best = self.state.best_loss
+        if best is None or part.loss < best:
+            self._save_model("model-best")
+            self.state = self.state.replace(best_loss=part.loss)
+        for result in results:
+            self._call("on_eval", self._eval_record(result))
+
+    def _eval_record(self, result: EvalResult) -> EvalRecord:
+        return EvalRecord(
             step=self.state.step,
             num_tokens=self.state.num_tokens,
             source="validation",
@@ -301,12 +314,6 @@ class Trainer:
             num_eval_tokens=result.num_tokens,
             seconds=result.seconds,
         )
-        self.state = self.state.replace(evaluated_step=self.state.step)
-        best = self.state.best_loss
-        if best is None or result.loss < best:
-            self._save_model("model-best")
-            self.state = self.state.replace(best_loss=result.loss)
-        self._call("on_eval", record)
 
     def _validation_loss(self, num_tokens: int | None) -> EvalResult | None:
         """Over the first ``num_tokens`` of the split; None if a signal came."""
@@ -370,8 +377,6 @@ class Trainer:
 
     def _save_model(self, name: str) -> None:
         self.run.save_model(name, self.model, self.dataset.tokenizer_folder, self.world)
-
-    # Telling -------------------------------------------------------------------------------
 
     def _call(self, hook: str, *args: object) -> None:
         if self.world.is_main:
