@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from factorlm.config import check
 from factorlm.errors import PeerLostError
+
+SETTLE_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class World:
     def stop(self) -> None:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
+            # gloo's threads need the interpreter's lock to let go of the last tensors, and the
+            # group's destructor waits for them while it holds that lock: let them finish first.
+            time.sleep(SETTLE_SECONDS)
             dist.destroy_process_group()
 
 
