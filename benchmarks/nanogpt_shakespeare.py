@@ -11,7 +11,6 @@ exit: imports, training, evaluations and checkpoints included.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import statistics
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _publish import publish
 
 from factorlm.measure import environment
 from factorlm.records import EvalRecord, RecordFile
@@ -104,10 +104,7 @@ def main() -> None:
         "wall_time_ratio_max": round(max(ratios), 4),
         "bars": {"wall_time_ratio": 1.1, "factorlm_val_loss": 1.80},
     }
-    print(json.dumps(result, indent=2))
-    if args.output:
-        with args.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    publish(result, args.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import psutil
+from _publish import publish
 
 from factorlm.data import open_dataset
 from factorlm.measure import environment
@@ -61,10 +61,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - started, 1),
             "bars": {"peak_pss_bytes": 1_500_000_000},
         }
-    print(json.dumps(result, indent=2))
-    if args.output:
-        with args.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    publish(result, args.output)
 
 
 if __name__ == "__main__":

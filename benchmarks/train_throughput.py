@@ -11,13 +11,13 @@ record a step, draws its progress.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from _publish import publish
 
 from factorlm.data import TokenLoader, open_dataset
 from factorlm.distributed import World
@@ -142,10 +142,7 @@ def main() -> None:
         "loader_and_record_share": round((load_ms + record_ms) / 1000 / statistics.median(ours), 5),
         "bars": {"throughput_ratio": 0.98, "loader_and_record_share": 0.02},
     }
-    print(json.dumps(result, indent=2))
-    if args.output:
-        with args.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    publish(result, args.output)
 
 
 if __name__ == "__main__":

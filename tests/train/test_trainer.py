@@ -209,6 +209,19 @@ def saved_steps(runs: Path) -> list[str]:
     return sorted(path.name for path in (runs / "tiny" / "checkpoints").iterdir())
 
 
+def test_what_a_killed_process_left_half_written_is_cleared(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(InterruptedRun):
+        fit(tiny_config(), tmp_path, StopAt(3))
+    run = tmp_path / "tiny"
+    for leftover in (run / ".tmp-model-best-00aa", run / "checkpoints" / ".tmp-step-9-00bb"):
+        leftover.mkdir()
+        (leftover / "model.safetensors").write_bytes(b"half")
+    fit(tiny_config(), tmp_path)
+    assert not list(run.rglob(".tmp-*"))
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

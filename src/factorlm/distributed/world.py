@@ -69,19 +69,6 @@ class World:
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
-
     def stop(self) -> None:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():

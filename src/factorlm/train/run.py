@@ -86,7 +86,10 @@ class RunFolder:
             lock.__exit__(None, None, None)
 
     def _adopt(self, config: TrainConfig) -> None:
-        """Write the config of a new run; compare it with that of an old one."""
+        """Clear what a killed process left half-written; write the config of a new run, or compare
+        it with that of an old one."""
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_leftovers(folder)
         path = self.path / "config.yaml"
         values = config.to_dict()
         if path.exists():
@@ -95,8 +98,6 @@ class RunFolder:
             if saved == values:
                 return
             check_same_run(self.path, saved, values)
-        for folder in (self.path, self.path / "checkpoints"):
-            remove_leftovers(folder)
         atomic_write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def is_finished(self, world: World) -> bool:

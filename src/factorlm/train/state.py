@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +108,3 @@ def _check_same(what: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor
             )
     if problems:
         raise CheckpointError(f"{what} does not fit: " + "; ".join(sorted(problems)[:20]))
-
-
-def to_json(values: Mapping[str, Any]) -> str:
-    """Readable JSON."""
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
