@@ -64,10 +64,19 @@ class RunRecord(Record):
     num_non_embedding_params: int
     forward_flops_per_token: float
     training_flops: float
-    """Of the whole run, by the papers' convention: 3 x forward x tokens."""
+    """Of the whole run, by the papers' convention: 3 x forward x tokens, and 3 x its matmul x tokens
+    for a guide."""
     num_steps: int
     tokens_per_step: int
     """Tokens that are predicted in one optimizer step, over all processes."""
+    executed_flops: float | None = None
+    """Of the whole run, what is really run: recomputation, merged guides and the optimizer's matmuls
+    included. None in records of before it was counted."""
+    num_original_steps: int | None = None
+    """Steps that read new data where the run replays its guided tokens; else those that the recipe's
+    batch states."""
+    num_guide_steps: int = 0
+    """The first so many steps have a guide."""
 
 
 @record_type("step")
@@ -85,6 +94,14 @@ class StepRecord(Record):
     """Before clipping."""
     step_ms: float
     """Wall time of this step, evaluation and saving left out."""
+    model_flops: float | None = None
+    """Spent so far, by the papers' convention."""
+    executed_flops: float | None = None
+    """Spent so far, as run."""
+    guide_alpha: float | None = None
+    """The guide's share in this step; None without a guide."""
+    guide_skipped: bool = False
+    """The guide was left out of this step (the stochastic variant)."""
 
 
 @record_type("eval")
@@ -104,6 +121,8 @@ class EvalRecord(Record):
     """None where the bytes of the evaluated text are not known."""
     num_eval_tokens: int
     seconds: float
+    guided: bool = False
+    """The model had its guides; such an evaluation is not compared."""
 
 
 @record_type("generation")

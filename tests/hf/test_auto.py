@@ -339,7 +339,8 @@ class TestBadBlocks:
         ("change", "message"),
         [
             ({"format_version": 99}, "format_version=99"),
-            ({"guided": True}, "unknown key 'guided'"),
+            ({"guided": True}, "guided=True: a checkpoint of self-guided training"),
+            ({"guide": True}, "unknown key 'guide'"),
             (
                 {"targets": {"model.layers.9.mlp.up_proj": LOW_RANK.to_target()}},
                 "matches no linear",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from factorlm.optim import build_adamw, decay_groups, learning_rate_at
+from factorlm.optim import learning_rate_at
 
 
 def rates(num_steps: int, **fields) -> list[float]:  # type: ignore[no-untyped-def]
@@ -45,39 +45,3 @@ def test_wsd_is_flat_then_linear_to_the_final_ratio() -> None:
 def test_constant_and_single_step() -> None:
     assert rates(5, kind="constant", warmup_ratio=0.0) == [2.0] * 5
     assert rates(1) == [2.0]
-
-
-def model() -> torch.nn.Module:
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
-    net[2].bias.requires_grad_(False)
-    return net
-
-
-def test_matrices_decay_and_vectors_do_not() -> None:
-    decayed, spared = decay_groups(model(), 0.1)
-    assert decayed["names"] == ["0.weight", "2.weight"]
-    assert spared["names"] == ["0.bias", "1.weight", "1.bias"]
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-
-
-def test_all_decays_everything_that_trains() -> None:
-    (group,) = decay_groups(model(), 0.1, "all")
-    assert len(group["params"]) == 5
-
-
-def test_adamw_step_equals_the_unfused_one() -> None:
-    ours, plain = model(), model()
-    plain.load_state_dict(ours.state_dict())
-    optimizer = build_adamw(ours, learning_rate=0.01, weight_decay=0.1, decay="all")
-    reference = torch.optim.AdamW(
-        [p for p in plain.parameters() if p.requires_grad],
-        lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=False, foreach=False,
-    )  # fmt: skip
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        for net, step in ((ours, optimizer), (plain, reference)):
-            step.zero_grad()
-            net(x).square().sum().backward()
-            step.step()
-    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)

@@ -11,7 +11,7 @@ import torch
 
 from factorlm.distributed import World
 from factorlm.errors import CheckpointError, StorageError
-from factorlm.optim import build_adamw
+from factorlm.optim import build_optimizer
 from factorlm.testing.models import tiny_model
 from factorlm.train.checkpoint import (
     checkpoints,
@@ -29,7 +29,7 @@ FACTS = {"data": "abc", "environment": {"torch": "x"}}
 def trained(seed: int = 0, steps: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = tiny_model("starcoder2")
-    optimizer = build_adamw(model, learning_rate=1e-2)
+    optimizer = build_optimizer(model, learning_rate=1e-2)
     ids = torch.randint(99, (2, 9))
     for _ in range(steps):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -119,7 +119,7 @@ def test_a_model_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path)
     other = tiny_model("llama")
     with pytest.raises(CheckpointError, match=r"step-7.*missing|unknown"):
-        load_checkpoint(tmp_path / "step-7", other, build_adamw(other, learning_rate=1e-2))
+        load_checkpoint(tmp_path / "step-7", other, build_optimizer(other, learning_rate=1e-2))
 
 
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:

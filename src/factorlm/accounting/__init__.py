@@ -11,9 +11,11 @@ from factorlm.accounting.budget import (
     plan_for_flops,
     plan_for_params,
 )
-from factorlm.accounting.flops import FlopCount, TrainingFlops, flops_per_token, training_flops
+from factorlm.accounting.flops import FlopCount, flops_per_token
 from factorlm.accounting.memory import MemoryEstimate, estimate_memory
 from factorlm.accounting.params import ParamCount, count_params
+from factorlm.accounting.plan import StepPlan, guided_share, plan_guided, plan_without_guide
+from factorlm.accounting.training import TrainingFlops, guide_flops, training_flops
 
 __all__ = [
     "AttentionShape",
@@ -21,13 +23,18 @@ __all__ = [
     "FlopCount",
     "MemoryEstimate",
     "ParamCount",
+    "StepPlan",
     "TrainingFlops",
     "attention_shapes",
     "config_for_param_ratio",
     "count_params",
     "estimate_memory",
     "flops_per_token",
+    "guide_flops",
+    "guided_share",
     "plan_for_flops",
     "plan_for_params",
+    "plan_guided",
+    "plan_without_guide",
     "training_flops",
 ]

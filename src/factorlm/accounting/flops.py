@@ -50,17 +50,6 @@ class FlopCount:
         return "\n".join(f"{name:<22}{value:>16,}" for name, value in rows.items())
 
 
-@dataclass(frozen=True)
-class TrainingFlops:
-    """FLOPs of a training run."""
-
-    model_flops: int
-    """3 x forward x tokens: the papers' convention, whatever is recomputed."""
-    executed_flops: int
-    """``model_flops`` and what activation checkpointing computes again. AdamW is elementwise and
-    counts 0, as do norms, activations and the loss."""
-
-
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> FlopCount:
     """Forward matmul FLOPs of one token in a sequence of ``seq_len`` tokens.
 
@@ -88,26 +77,6 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> FlopCount:
         head=_head_flops(model, anatomy),
         other=_other_flops(model, anatomy, {site.name for site in sites}),
     )
-
-
-def training_flops(
-    model: PreTrainedModel,
-    *,
-    seq_len: int,
-    num_tokens: int,
-    activation_checkpointing: bool = False,
-) -> TrainingFlops:
-    """FLOPs of training on ``num_tokens`` tokens in sequences of ``seq_len``.
-
-    The backward pass costs twice the forward pass. Activation checkpointing runs every decoder
-    layer's forward pass once more (PyTorch may stop it early, short of the layer's last matmul,
-    where nothing needs its result). A fused attention kernel that recomputes its scores in the
-    backward pass is not counted as doing so.
-    """
-    forward = flops_per_token(model, seq_len)
-    recomputed = forward.decoder_layers if activation_checkpointing else 0
-    model_flops = 3 * forward.total * num_tokens
-    return TrainingFlops(model_flops, model_flops + recomputed * num_tokens)
 
 
 def _linear_flops(sites: Iterable[LinearSite]) -> int:

@@ -56,6 +56,7 @@ def print_description(description: Description, console: Console) -> None:
 
 def _costs(description: Description) -> Table:
     config, params, training = description.config, description.params, description.training
+    plan = description.plan
     table = _table("run", "")
     rows = {
         "parameters": f"{params.total:,}",
@@ -63,17 +64,25 @@ def _costs(description: Description) -> Table:
         "  without embedding and head": f"{params.non_embedding:,}",
         "  of the FFN": f"{params.ffn:,}",
         "forward FLOPs per token": f"{description.forward.total:,}",
-        "training FLOPs (3 x forward x tokens)": f"{training.model_flops:.4g}",
-        "  with recomputed activations": f"{training.executed_flops:.4g}",
-        "steps": f"{config.num_steps:,}",
+        "training FLOPs (the papers' convention)": f"{training.model_flops:.4g}",
+        "training FLOPs (executed)": f"{training.executed_flops:.4g}",
+        "steps": f"{plan.num_steps:,}",
+        "  with a guide": "" if plan.guide is None else f"{plan.guide.num_steps:,}",
+        "  on tokens seen before": f"{_replayed(plan):,}",
         "tokens per step": f"{config.tokens_per_step:,}",
         "tokens": f"{description.num_tokens:,}",
     }
-    if training.executed_flops == training.model_flops:
-        del rows["  with recomputed activations"]
+    if plan.guide is None:
+        del rows["  with a guide"]
+    if not _replayed(plan):
+        del rows["  on tokens seen before"]
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _replayed(plan: StepPlan) -> int:
+    return 0 if plan.guide is None else plan.num_steps - plan.num_original_steps
 
 
 def _parts(description: Description) -> Table:

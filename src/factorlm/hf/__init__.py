@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from factorlm.hf.initialize import initialize_, materialize_
     from factorlm.hf.models import build_causal_lm, model_config
     from factorlm.hf.presets import PRESETS, SIZES, preset_config
+    from factorlm.hf.self_guided import SelfGuidedTraining
 
 __all__ = [
     "PRESETS",
     "SIZES",
     "FactorlmConfig",
     "FactorlmQuantizer",
+    "SelfGuidedTraining",
     "build_causal_lm",
     "initialize_",
     "load",
@@ -33,6 +35,7 @@ __getattr__ = lazy_exports(
         "SIZES": "presets",
         "FactorlmConfig": "auto",
         "FactorlmQuantizer": "auto",
+        "SelfGuidedTraining": "self_guided",
         "build_causal_lm": "models",
         "initialize_": "initialize",
         "load": "checkpoint",

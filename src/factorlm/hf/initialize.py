@@ -11,11 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from factorlm.config import check
-from factorlm.layers import StructuredLinear
+from factorlm.layers import SelfGuidedLinear, StructuredLinear, saved_name
 from factorlm.surgery import initializer_std, restore_buffers_, stock_model
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-
 
 def materialize_(model: PreTrainedModel, *, device: torch.device | str, seed: int) -> None:
     """Allocate a model that was built on the meta device, tie its weights again, initialise it.
@@ -48,6 +45,8 @@ def initialize_(model: PreTrainedModel, seed: int) -> None:
     for name, module, owner in _children_first(model, "", model):
         if isinstance(module, StructuredLinear):
             _initialize_structured(module, std, seed_of(seed, name), drawn)
+        elif isinstance(module, SelfGuidedLinear):
+            _initialize_guided(module, std, seed_of(seed, name), drawn)
         else:
             unset |= _initialize_module(module, owner, name, seed_of(seed, name), drawn)
     if unset:
@@ -56,12 +55,8 @@ def initialize_(model: PreTrainedModel, seed: int) -> None:
 
 def seed_of(seed: int, name: str) -> int:
     """A seed for one module, from the run's seed and the module's name in the saved model."""
-    digest = hashlib.blake2b(f"{seed}/{_saved_name(name)}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{saved_name(name)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _saved_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _children_first(
@@ -69,7 +64,7 @@ def _children_first(
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
     """(name, module, the model whose ``_init_weights`` is in charge), parents after children."""
     owner = module if isinstance(module, PreTrainedModel) else owner
-    if not isinstance(module, StructuredLinear):
+    if not isinstance(module, StructuredLinear | SelfGuidedLinear):
         for key, child in module.named_children():
             yield from _children_first(child, f"{name}.{key}" if name else key, owner)
     yield name, module, owner
@@ -77,7 +72,8 @@ def _children_first(
 
 def _initialize_structured(
     module: StructuredLinear, std: float | None, seed: int, drawn: set[int]
-) -> None:
+) -> StructuredLinear:
+    """Draw ``module`` and return its unsharded float32 copy."""
     whole = module.config.build(
         module.in_features,
         module.out_features,
@@ -91,6 +87,17 @@ def _initialize_structured(
             copy_whole_(parameter, whole.get_parameter(key))
             drawn.add(id(parameter))
     restore_buffers_(module)
+    return whole
+
+
+def _initialize_guided(
+    module: SelfGuidedLinear, std: float | None, seed: int, drawn: set[int]
+) -> None:
+    """The structured layer as it would be drawn alone; its guide is computed from it."""
+    whole = _initialize_structured(module.structured, std, seed, drawn)
+    copy_whole_(module.guide.weight, whole.to_dense())
+    module.set_alpha(1.0)
+    drawn.add(id(module.guide.weight))
 
 
 def _initialize_module(
@@ -174,7 +181,7 @@ def _copy_constructed(model: PreTrainedModel, seed: int, unset: dict[str, Tensor
         torch.default_generator.manual_seed(seed_of(seed, ""))
         constructed = dict(_tensors(stock_model(model).float(), recurse=True))
     for name, target in unset.items():
-        saved = _saved_name(name)
+        saved = saved_name(name)
         check(saved in constructed, f"{name}: nothing in the model's own code initialises it")
         copy_whole_(target, constructed[saved])
 

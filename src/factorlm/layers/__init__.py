@@ -12,6 +12,7 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.dense import DenseConfig, DenseLinear
 from factorlm.layers.low_rank import LowRankConfig, LowRankLinear
+from factorlm.layers.self_guided import Guide, SelfGuidedLinear, saved_name
 
 __all__ = [
     "STRUCTURES",
@@ -22,10 +23,13 @@ __all__ = [
     "DenseConfig",
     "DenseLinear",
     "Factor",
+    "Guide",
     "LowRankConfig",
     "LowRankLinear",
+    "SelfGuidedLinear",
     "StructureConfig",
     "StructuredLinear",
     "register_structure",
+    "saved_name",
     "structure_from_target",
 ]

@@ -1,7 +1,29 @@
-"""Optimizers and their parameter groups."""
+"""Optimizers, learning rates and guide schedules. Importing this package registers the rules."""
 
-from factorlm.optim.adamw import build_adamw
-from factorlm.optim.groups import decay_groups
+from factorlm.optim.adamw import AdamWRule
+from factorlm.optim.build import build_optimizer
+from factorlm.optim.factor_optimizer import FactorOptimizer
+from factorlm.optim.flops import guide_optimizer_flops, optimizer_flops
+from factorlm.optim.guidance import GuideSchedule
+from factorlm.optim.muon import MuonRule
+from factorlm.optim.newton_schulz import newton_schulz
+from factorlm.optim.release import release_
+from factorlm.optim.rule import RULES, Rule
 from factorlm.optim.schedule import learning_rate_at
+from factorlm.optim.spectron import SpectronRule
 
-__all__ = ["build_adamw", "decay_groups", "learning_rate_at"]
+__all__ = [
+    "RULES",
+    "AdamWRule",
+    "FactorOptimizer",
+    "GuideSchedule",
+    "MuonRule",
+    "Rule",
+    "SpectronRule",
+    "build_optimizer",
+    "guide_optimizer_flops",
+    "learning_rate_at",
+    "newton_schulz",
+    "optimizer_flops",
+    "release_",
+]

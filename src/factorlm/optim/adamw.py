@@ -1,27 +1,81 @@
-"""AdamW, fused where PyTorch has it."""
+"""AdamW as an update rule, fused where PyTorch has it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.optim.adamw import adamw
 
-from factorlm.optim.groups import decay_groups
+from factorlm.optim.rule import RULES, Group, Rule, State
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+"""Where PyTorch has one kernel for all of AdamW. Parameters on meta are not stepped there."""
 
 
-def build_adamw(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    decay: Literal["matrices", "all"] = "matrices",
-) -> torch.optim.AdamW:
-    """``torch.optim.AdamW`` over the parameters of ``model``; see ``decay_groups``.
+@final
+class AdamWRule(Rule):
+    """``torch.optim.AdamW``, for any parameter; decay is decoupled: p ← (1 - lr x decay) p first.
 
-    Decoupled weight decay: each step subtracts learning_rate x weight_decay x parameter.
+    ``fused`` None means: on the devices that PyTorch has the fused kernel for.
     """
-    groups = decay_groups(model, weight_decay, decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+    name = "adamw"
+    options: ClassVar[dict[str, Any]] = {
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "fused": None,
+    }
+
+    def check_group(self, group: Group) -> None:
+        """Betas in [0, 1), eps not negative."""
+        betas, eps = group["betas"], group["eps"]
+        valid = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        self.check(valid, "betas", betas, "must be two numbers in [0, 1)")
+        self.check(eps >= 0, "eps", eps, "must be at least 0")
+        if group["fused"] is None:
+            devices = {parameter.device.type for parameter in group["params"]}
+            group["fused"] = devices <= set(_FUSED_DEVICES)
+
+    def update(self, group: Group, state: State) -> None:
+        """One step of every parameter that has a gradient."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        states = [_ready(state[p], p, group["fused"]) for p in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [own["exp_avg"] for own in states],
+            [own["exp_avg_sq"] for own in states],
+            [],
+            [own["step"] for own in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def flops(self, shapes: Sequence[Sequence[int]]) -> int:
+        """It is elementwise."""
+        return 0
+
+
+def _ready(state: dict[str, Tensor], parameter: Tensor, fused: bool) -> dict[str, Tensor]:
+    """``state``, filled with zeros where it is empty; the keys are those of torch.optim.AdamW."""
+    if not state:
+        # Only the fused kernel counts on the device.
+        device = parameter.device if fused else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state
+
+
+RULES.register(AdamWRule.name)(AdamWRule())

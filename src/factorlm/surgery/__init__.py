@@ -7,6 +7,7 @@ from factorlm.surgery.block import (
     read_structure,
     write_block,
 )
+from factorlm.surgery.guides import attach_guides_, detach_guides_, guided_layers
 from factorlm.surgery.report import SwapReport, SwapRow
 from factorlm.surgery.swap import (
     densify_,
@@ -24,9 +25,12 @@ __all__ = [
     "StructureMap",
     "SwapReport",
     "SwapRow",
+    "attach_guides_",
     "default_multiple",
     "densify_",
+    "detach_guides_",
     "factorize_",
+    "guided_layers",
     "initializer_std",
     "read_block",
     "read_structure",

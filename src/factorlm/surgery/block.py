@@ -14,6 +14,8 @@ QUANT_METHOD = "factorlm"
 """What ``quantization_config.quant_method`` says in the ``config.json`` of a structured model."""
 FORMAT_VERSION = 1
 """Of that block; raised when its meaning changes."""
+GUIDED = "guided"
+"""A key of that block which marks a checkpoint of a run whose guides are still there."""
 
 
 def write_block(targets: Mapping[str, StructureConfig]) -> dict[str, Any]:
@@ -25,8 +27,14 @@ def write_block(targets: Mapping[str, StructureConfig]) -> dict[str, Any]:
 def read_block(block: Mapping[str, Any]) -> StructureMap:
     """Read what ``write_block`` wrote.
 
-    Raises ``ConfigError`` for another format or a bad target.
+    Raises ``ConfigError`` for another format, a bad target, and a checkpoint that holds guides.
     """
+    check(
+        GUIDED not in block,
+        f"quantization_config.{GUIDED}={block.get(GUIDED)}: a checkpoint of self-guided training, "
+        "whose guides no model has: resume it by Trainer.train(resume_from_checkpoint=...) with "
+        "the callback SelfGuidedTraining, and open what is saved once the guides are gone",
+    )
     known = {"quant_method", "format_version", "targets"}
     for key in block:
         check(key in known, f"quantization_config: unknown key '{key}'.{did_you_mean(key, known)}")

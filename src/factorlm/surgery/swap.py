@@ -21,7 +21,7 @@ from factorlm.anatomy import (
 )
 from factorlm.config import check
 from factorlm.errors import ConfigError
-from factorlm.layers import StructureConfig, StructuredLinear
+from factorlm.layers import SelfGuidedLinear, StructureConfig, StructuredLinear, saved_name
 from factorlm.surgery.block import QUANT_METHOD, write_block
 from factorlm.surgery.report import SwapReport, SwapRow
 from factorlm.surgery.targets import FilterFn, StructureMap, choose, solve
@@ -76,7 +76,7 @@ def factorize_(
     for name, module in modules.items():
         layer = _structured(module, configs[name], weights, std)
         rows.append(_row(name, module, layer))
-        _replace(model, module, layer)
+        replace_everywhere(model, module, layer)
     update_block(model)
     return SwapReport(tuple(rows), anatomy_of(model).experts)
 
@@ -95,6 +95,8 @@ def densify_(model: nn.Module) -> SwapReport:
     }
     check(bool(layers), f"{type(model).__name__} has no structured layer")
     check("" not in layers, f"the model itself is a {type(model).__name__}: use to_linear")
+    guided = any(isinstance(module, SelfGuidedLinear) for module in model.modules())
+    check(not guided, f"{type(model).__name__} has guides attached: detach_guides_ first")
     stock = None
     if isinstance(model, PreTrainedModel):
         with torch.device("meta"):
@@ -104,7 +106,7 @@ def densify_(model: nn.Module) -> SwapReport:
         linear = layer.to_linear()
         dense = linear if stock is None else _as_stock(linear, stock.get_submodule(name))
         rows.append(_row(name, layer, dense))
-        _replace(model, layer, dense)
+        replace_everywhere(model, layer, dense)
     update_block(model)
     return SwapReport(tuple(rows), anatomy_of(model).experts)
 
@@ -174,7 +176,7 @@ def restore_buffers_(layer: StructuredLinear) -> StructuredLinear:
     return layer
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is, for every parent that holds it."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -217,7 +219,7 @@ def update_block(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     layers = {
-        name: module.config
+        saved_name(name): module.config
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear)
     }

@@ -13,7 +13,7 @@ from factorlm.config import check
 from factorlm.errors import ConfigError, did_you_mean
 from factorlm.hf import build_causal_lm, load, materialize_
 from factorlm.layers import STRUCTURES
-from factorlm.surgery import SwapReport, factorize_, read_structure
+from factorlm.surgery import SwapReport, attach_guides_, factorize_, read_structure
 from factorlm.train.config import ModelSection, TrainConfig
 
 _OPTIONS: Mapping[str, type] = {
@@ -28,9 +28,10 @@ _OPTIONS: Mapping[str, type] = {
 
 
 def build_model(
-    config: TrainConfig, *, device: torch.device | str = "meta"
+    config: TrainConfig, *, device: torch.device | str = "meta", guided: bool = False
 ) -> tuple[PreTrainedModel, SwapReport | None]:
-    """The model of a recipe, float32, and what was swapped in it (None for a dense one).
+    """The model of a recipe, float32, and what was swapped in it (None for a dense one);
+    ``guided`` puts a guide beside every structured layer.
 
     On the meta device nothing is allocated, and ``model.init_from`` gives its architecture alone.
     Elsewhere a preset is initialised from ``config.seed``; the weights of ``init_from`` are
@@ -42,6 +43,8 @@ def build_model(
         model = _load(config.model) if loads else _skeleton(config.model)
         _check_length(model, config.data.context_length)
     report = structure_model_(model, config.structure, project=loads)
+    if guided:
+        attach_guides_(model, form=config.guide.form)
     if not loads and torch.device(device).type != "meta":
         materialize_(model, device=device, seed=config.seed)
     return model.to(device), report

@@ -52,15 +52,63 @@ class DataSection(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSection(Config):
-    """AdamW (decoupled weight decay), fused where PyTorch has it."""
+class GuideSection(Config):
+    """Self-guided training: a dense guide beside every structured layer, for a part of the run."""
 
-    kind: Literal["adamw"] = "adamw"
+    variant: Literal["none", "full", "stochastic"] = "none"
+    """``full``: the guide runs in every step while it is there; ``stochastic``: with probability α,
+    which halves its cost; ``none``: the control."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the guide's share α goes from 1 to 0."""
+    share: float | None = None
+    """Share of the steps that have a guide (fixed-step mode). None: solved for ``budget.flops``
+    (fixed-FLOP mode), with the guided tokens replayed at the end."""
+    form: Literal["auto", "merged", "two_path"] = "auto"
+    """How a guided pass is computed; ``auto``: whichever takes fewer FLOPs."""
+
+    def __post_init__(self) -> None:
+        share = self.share
+        check(share is None or 0 < share <= 1, f"guide.share={share} must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSection(Config):
+    """What the whole run may cost, in place of the number of steps that ``batch`` states."""
+
+    flops: float | Literal["dense"] | None = None
+    """Training FLOPs of the whole run; ``dense``: those of the same run with its FFN dense. With a
+    guide they are met by its share, without one by more tokens. None: no budget."""
+    count: Literal["model_flops", "executed_flops"] = "model_flops"
+    """Which FLOPs: the papers' convention, or what is run, merged guides and the optimizer's
+    matmuls included."""
+
+    def __post_init__(self) -> None:
+        flops = self.flops
+        valid = flops is None or isinstance(flops, str) or flops > 0
+        check(valid, f"budget.flops={flops} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection(Config):
+    """How weights are updated; decay is decoupled."""
+
+    kind: str = "adamw"
+    """``adamw`` (fused where PyTorch has it); ``muon``: Muon on hidden matrices, AdamW on the rest;
+    ``spectron``: Spectron on pairs of factors, Muon on other hidden matrices, AdamW on the rest."""
     learning_rate: float = 1e-3
     """The peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.95
+    """Of Muon and Spectron."""
+    factor_rates: Literal["equal", "structure_aware"] = "equal"
+    """``structure_aware``: AdamW's rate of each factor times (in_features / fan_in) / number of
+    factors (Compute Better Spent)."""
+    base_width: int | None = None
+    """With ``structure_aware``: the hidden size at which the rate was tuned; hidden matrices of
+    another width W get base_width / W times the rate."""
     weight_decay: float = 0.1
+    """Each step subtracts learning rate x weight_decay x parameter, without a factor's multiple."""
     decay: Literal["matrices", "all"] = "matrices"
     """``matrices``: no decay on biases and norms; ``all``: the papers' rule."""
     clip_grad_norm: float | None = 1.0
@@ -73,6 +121,7 @@ class OptimizerSection(Config):
             check(0 <= beta < 1, f"optimizer.betas={self.betas} must lie in [0, 1)")
         decay = self.weight_decay
         check(decay >= 0, f"optimizer.weight_decay={decay} must be at least 0")
+        check(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must lie in [0, 1)")
         clip = self.clip_grad_norm
         check(clip is None or clip > 0, f"optimizer.clip_grad_norm={clip} must be above 0")
 
@@ -130,8 +179,9 @@ class EvalSection(Config):
     every_steps: int | None = None
     """Steps between evaluations; None: only at the end."""
     num_tokens: int | None = None
-    """Tokens of validation text to use, of which the best model is chosen; None: all of it. After
-    the last step there is one more evaluation, of all."""
+    """Tokens of validation text to use, of which the best model is chosen; None: all of it."""
+    final_num_tokens: int | None = None
+    """After the last step there is one more evaluation, of so many tokens; None: of all."""
     num_sequences: int | None = None
     """Sequences of one forward pass; None: as in training."""
 
@@ -193,6 +243,8 @@ class TrainConfig(Config):
     """``structure``: a registered name, and its fields; or ``param_ratio`` (with ``multiple_of``)
     in place of its free size; ``keep_first_dense`` (true); ``layers``: a map from name or pattern
     to such a target, which replaces the default choice. Empty: a dense model."""
+    guide: GuideSection = field(default_factory=GuideSection)
+    budget: BudgetSection = field(default_factory=BudgetSection)
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
@@ -220,6 +272,20 @@ class TrainConfig(Config):
             "state exactly one",
         )
         check(self.num_steps >= 1, f"batch.num_tokens={self.batch.num_tokens} is under one step")
+        self._check_guide()
+
+    def _check_guide(self) -> None:
+        guide, flops = self.guide, self.budget.flops
+        if guide.variant == "none":
+            return
+        check(
+            bool(self.structure),
+            f"guide.variant={guide.variant!r} needs a structure: a dense model has nothing to guide",
+        )
+        check(
+            (guide.share is None) != (flops is None),
+            f"guide.share={guide.share} and budget.flops={flops}: state exactly one",
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -228,7 +294,7 @@ class TrainConfig(Config):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps that ``batch`` states; a ``budget`` may give the run more or fewer."""
         if self.batch.num_steps is not None:
             return self.batch.num_steps
         assert self.batch.num_tokens is not None

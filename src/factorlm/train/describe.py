@@ -8,20 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from factorlm.accounting import (
     FlopCount,
     MemoryEstimate,
     ParamCount,
+    StepPlan,
     TrainingFlops,
     count_params,
     estimate_memory,
     flops_per_token,
+    guide_flops,
+    plan_guided,
+    plan_without_guide,
     training_flops,
 )
+from factorlm.optim import GuideSchedule
 from factorlm.surgery import SwapReport, SwapRow
 from factorlm.train.assemble import build_model
-from factorlm.train.config import TrainConfig
+from factorlm.train.config import GuideSection, TrainConfig
 from factorlm.train.parallelize import autocast_dtype
 
 
@@ -35,8 +41,8 @@ class Description:
     params: ParamCount
     forward: FlopCount
     """Of one token in a sequence of ``data.context_length``."""
-    training: TrainingFlops
-    """Of the whole run."""
+    plan: StepPlan
+    """The run's steps, and which of them are guided."""
     memory: MemoryEstimate
     """Of one process that holds the whole model."""
     precision: str
@@ -45,14 +51,19 @@ class Description:
     """None for a dense model."""
 
     @property
+    def training(self) -> TrainingFlops:
+        """Of the whole run; guided steps as expected over seeds."""
+        return self.plan.total
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of the whole run: those of its whole steps."""
-        return self.config.num_steps * self.config.tokens_per_step
+        """Tokens of the whole run: those of its whole steps, replayed ones included."""
+        return self.plan.num_steps * self.config.tokens_per_step
 
     @property
     def micro_batch(self) -> int:
         """Sequences of one forward pass."""
-        return self.config.batch.micro_batch or self.config.batch.num_sequences
+        return _rows_per_forward(self.config)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON with stable keys and a unit in every name; see ``docs/reference/cli.md``."""
@@ -69,7 +80,9 @@ class Description:
             "forward_flops_per_token_by_part": dataclasses.asdict(self.forward),
             "training_flops": self.training.model_flops,
             "executed_training_flops": self.training.executed_flops,
-            "num_steps": self.config.num_steps,
+            "num_steps": self.plan.num_steps,
+            "num_original_steps": self.plan.num_original_steps,
+            "num_guide_steps": 0 if self.plan.guide is None else self.plan.guide.num_steps,
             "tokens_per_step": self.config.tokens_per_step,
             "num_tokens": self.num_tokens,
             "memory": dataclasses.asdict(self.memory)
@@ -106,21 +119,61 @@ def describe(config: TrainConfig) -> Description:
         architecture=type(model).__name__,
         params=count_params(model),
         forward=flops_per_token(model, seq_len),
-        training=training_flops(
-            model,
-            seq_len=seq_len,
-            num_tokens=config.num_steps * config.tokens_per_step,
-            activation_checkpointing=recompute,
-        ),
+        plan=plan_steps(config, model),
         memory=estimate_memory(
             model,
-            micro_batch=config.batch.micro_batch or config.batch.num_sequences,
+            micro_batch=_rows_per_forward(config),
             seq_len=seq_len,
             precision="bf16" if precision == torch.bfloat16 else "fp32",
             activation_checkpointing=recompute,
         ),
         precision="bf16" if precision == torch.bfloat16 else "fp32",
         swaps=swaps,
+    )
+
+
+def plan_steps(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
+    """The steps of ``config``'s run; ``model`` is its model without guides, on any device."""
+    section, budget = config.guide, config.budget
+    step = _step_flops(config, model)
+    flops = budget.flops
+    if flops == "dense":
+        dense, _ = build_model(config.replace(structure={}, guide=GuideSection()))
+        flops = getattr(_step_flops(config, dense), budget.count) * config.num_steps
+    assert not isinstance(flops, str)
+    if section.variant == "none":
+        return plan_without_guide(config.num_steps, step, budget=flops, count=budget.count)
+    guide = GuideSchedule(
+        num_steps=max(round((section.share or 1.0) * config.num_steps), 1),
+        kind=section.schedule,
+        variant=section.variant,
+        seed=config.seed,
+    )
+    guided_step = guide_flops(
+        model,
+        tokens_per_step=config.tokens_per_step,
+        tokens_per_forward=_rows_per_forward(config) * config.data.context_length,
+        optimizer=config.optimizer.kind,
+        form=section.form,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+    )
+    return plan_guided(
+        config.num_steps, step, guided_step, guide, budget=flops, count=budget.count
+    )
+
+
+def _rows_per_forward(config: TrainConfig) -> int:
+    return config.batch.micro_batch or config.batch.num_sequences
+
+
+def _step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
+    return training_flops(
+        model,
+        seq_len=config.data.context_length,
+        num_tokens=config.tokens_per_step,
+        num_steps=1,
+        optimizer=config.optimizer.kind,
+        activation_checkpointing=config.parallel.activation_checkpointing,
     )
 
 

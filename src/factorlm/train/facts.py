@@ -18,7 +18,7 @@ from factorlm.measure import environment
 from factorlm.records import RunRecord
 from factorlm.storage import MANIFEST_FILE
 from factorlm.train.config import TrainConfig
-from factorlm.train.describe import describe
+from factorlm.train.describe import Description
 
 
 def open_data(config: TrainConfig) -> TokenDataset:
@@ -65,9 +65,9 @@ def data_fingerprint(dataset: TokenDataset) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_record(config: TrainConfig, world: World) -> RunRecord:
-    """What the run is, counted on the meta device."""
-    described = describe(config)
+def run_record(described: Description, world: World) -> RunRecord:
+    """What the run is, as it was counted on the meta device."""
+    config, plan = described.config, described.plan
     return RunRecord(
         name=config.name,
         config=config.to_dict(),
@@ -77,6 +77,9 @@ def run_record(config: TrainConfig, world: World) -> RunRecord:
         num_non_embedding_params=described.params.non_embedding,
         forward_flops_per_token=described.forward.total,
         training_flops=described.training.model_flops,
-        num_steps=config.num_steps,
+        executed_flops=described.training.executed_flops,
+        num_steps=plan.num_steps,
+        num_original_steps=plan.num_original_steps,
+        num_guide_steps=0 if plan.guide is None else plan.guide.num_steps,
         tokens_per_step=config.tokens_per_step,
     )

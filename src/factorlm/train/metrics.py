@@ -74,7 +74,7 @@ class ProgressBar(Callback):
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         self._recent.append(record)
-        last = record.step == trainer.config.num_steps
+        last = record.step == trainer.plan.num_steps
         pause = REFRESH_SECONDS if self._bar else LINE_SECONDS
         if not last and time.monotonic() - self._shown < pause:
             return
@@ -83,9 +83,9 @@ class ProgressBar(Callback):
             self._bar.update(self._task, completed=record.step, status=self._status())
             self._bar.refresh()
         else:
-            left = (trainer.config.num_steps - record.step) * self._mean("step_ms") / 1000
+            left = (trainer.plan.num_steps - record.step) * self._mean("step_ms") / 1000
             self._print(
-                f"step {record.step}/{trainer.config.num_steps}  {self._status()}  "
+                f"step {record.step}/{trainer.plan.num_steps}  {self._status()}  "
                 f"left {_clock(left)}"
             )
 

@@ -20,8 +20,10 @@ from factorlm.config import check
 from factorlm.distributed import World
 from factorlm.hf import materialize_
 from factorlm.hf.loss import CausalLMLoss
+from factorlm.surgery import guided_layers
 from factorlm.train.assemble import build_model
 from factorlm.train.config import ParallelSection, TrainConfig
+from factorlm.train.self_guided import leave_to_trainer
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Assembled:
     """``loss`` with the exchange of gradients around it (training)."""
 
 
-def parallelize_model(config: TrainConfig, world: World) -> Assembled:
-    """Build the recipe's model on this process's device, sharded or replicated as it says.
+def parallelize_model(config: TrainConfig, world: World, *, guided: bool = False) -> Assembled:
+    """Build the recipe's model on this process's device, sharded or replicated as it says;
+    ``guided`` puts a guide beside every structured layer.
 
     The initial weights are equal for every world size and strategy.
     """
@@ -45,7 +48,7 @@ def parallelize_model(config: TrainConfig, world: World) -> Assembled:
     sharded = parallel.strategy == "fsdp2"
     check(not sharded or dist.is_initialized(), FSDP2_ALONE)
     on_meta = sharded and config.model.init_from is None
-    model, _ = build_model(config, device="meta" if on_meta else world.device)
+    model, _ = build_model(config, device="meta" if on_meta else world.device, guided=guided)
     model.train()
     prepare_layers(model, parallel)
     loss = CausalLMLoss(model)
@@ -74,7 +77,9 @@ def prepare_layers(model: PreTrainedModel, parallel: ParallelSection) -> None:
 
 
 def shard_(module: CausalLMLoss, world: World) -> None:
-    """FSDP2 on every decoder layer and on the rest; ``module`` may be on the meta device."""
+    """FSDP2 on every guide, every decoder layer and the rest; ``module`` may be on the meta device.
+
+    A guide is a unit of its own, so a step that leaves it out does not gather it."""
     mesh = init_device_mesh(world.device.type, (world.size,))
 
     def placement(parameter: nn.Parameter) -> Shard | None:
@@ -83,6 +88,8 @@ def shard_(module: CausalLMLoss, world: World) -> None:
             return Shard(1)
         return None
 
+    for guided in guided_layers(module.model).values():
+        fully_shard(guided.guide, mesh=mesh)
     for layer in decoder_layers(module.model):
         fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
     fully_shard(module, mesh=mesh, shard_placement_fn=placement)
@@ -92,6 +99,7 @@ def replicate(module: CausalLMLoss, world: World) -> nn.Module:
     """DDP where there are several processes."""
     if world.size == 1:
         return module
+    leave_to_trainer(module)
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 

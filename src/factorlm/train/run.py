@@ -110,21 +110,23 @@ class RunFolder:
             )
         return bool(world.from_main(finished))
 
+    def newest_checkpoint(self, world: World) -> Path | None:
+        """The newest good checkpoint; None where there is none."""
+        return newest_checkpoint(self.path / "checkpoints", world)
+
     def load_checkpoint(
         self,
+        path: Path,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         facts: Mapping[str, Any],
         world: World,
-    ) -> RunState | None:
-        """Load the newest good checkpoint; None where there is none.
+    ) -> RunState:
+        """Load the checkpoint ``path`` in place; where the run then is.
 
         ``facts["data"]`` must equal what was saved (``ConfigError``); a changed
         ``facts["environment"]`` is worth a warning, since bits may then differ.
         """
-        path = newest_checkpoint(self.path / "checkpoints", world)
-        if path is None:
-            return None
         state, saved = load_checkpoint(path, model, optimizer)
         if saved.get("data") != facts["data"]:
             raise ConfigError(

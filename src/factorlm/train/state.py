@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from factorlm.config import Config
 from factorlm.errors import CheckpointError
+from factorlm.layers import saved_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,21 @@ def copy_into_(target: Tensor, whole: Tensor) -> None:
 
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, a tied one once, as they are held."""
+    """Parameters and persistent buffers by their saved names, a tied one once, as they are held."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor
+            yield saved_name(name), tensor
+
+
+def non_finite_gradients(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients hold NaN or infinity."""
+    return [
+        saved_name(name)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(full(parameter.grad)).all())
+    ]
 
 
 def load_model_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,28 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from factorlm.data import EvalBatch, EvalWindows, TokenLoader
+from factorlm.accounting import StepPlan, TrainingFlops
+from factorlm.data import TokenLoader
 from factorlm.distributed import World, peers_watched
 from factorlm.errors import InterruptedRun, NumericError, StorageError
-from factorlm.eval.loss import EvalResult, evaluate_loss
-from factorlm.optim import build_adamw, learning_rate_at
+from factorlm.eval.loss import EvalResult
+from factorlm.optim import build_optimizer, learning_rate_at
 from factorlm.records import EvalRecord, EventRecord, StepRecord
 from factorlm.train.callbacks import Callback, RecordWriter
+from factorlm.train.checkpoint import checkpoint_step
 from factorlm.train.config import TrainConfig
+from factorlm.train.describe import describe
 from factorlm.train.facts import open_data, resume_facts, run_record
 from factorlm.train.metrics import trackers
 from factorlm.train.parallelize import autocast_dtype, gradients_held, parallelize_model
 from factorlm.train.run import RunFolder
+from factorlm.train.self_guided import Guidance
 from factorlm.train.signals import StopFlag
-from factorlm.train.state import RunState, full
+from factorlm.train.state import RunState, non_finite_gradients
+from factorlm.train.validation import Validation
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (a full disk, say) before the run stops."""
-
-
-class _Stopped(Exception):  # noqa: N818 - it reports a signal, not a fault
-    """A signal came during an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class Trainer:
     config: TrainConfig
     run: RunFolder
     world: World
+    plan: StepPlan
+    """How many steps there are, and which are guided."""
+    checkpoint: Path | None
+    """What this process went on from."""
     state: RunState
-    model: nn.Module
+    model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     matmul_dtype: torch.dtype
     """The dtype of autocast; weights stay float32."""
@@ -95,9 +99,13 @@ class Trainer:
 
     def _fit(self) -> RunResult:
         with self.run.claimed(self.config, self.world):
+            described = describe(self.config)
+            self.plan = described.plan
             if self.run.is_finished(self.world):
-                self.state = RunState(step=self.config.num_steps)
+                self.state = RunState(step=self.plan.num_steps)
                 return RunResult(self.state, self.run.path, already_finished=True)
+            self._run_record = run_record(described, self.world)
+            self.checkpoint = self.run.newest_checkpoint(self.world)
             self._build()
             self._resume()
             if self.world.is_main:
@@ -116,19 +124,15 @@ class Trainer:
     def _build(self) -> None:
         config, world = self.config, self.world
         self.dataset = open_data(config)
-        self._run_record = run_record(config, world)
-        assembled = parallelize_model(config, world)
+        first_step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
+        guide = self.plan.guide
+        guided = guide is not None and first_step < guide.num_steps
+        assembled = parallelize_model(config, world, guided=guided)
         self.model, self._loss, self._module = assembled.model, assembled.loss, assembled.module
-        options = config.optimizer
-        self.optimizer = build_adamw(
-            self.model,
-            learning_rate=options.learning_rate,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            decay=options.decay,
-        )
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._guidance = Guidance(self.model, guide, world) if guide and guided else None
+        options = config.optimizer.to_dict()
+        self._clip = options.pop("clip_grad_norm") or float("inf")
+        self.optimizer = build_optimizer(self.model, **options)
         self.matmul_dtype = autocast_dtype(config.parallel.precision, world.device)
         self.loader = TokenLoader(
             self.dataset,
@@ -139,16 +143,28 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
         )
+        self._validation = Validation(
+            self._loss,
+            self.dataset,
+            context_length=config.data.context_length,
+            batch_size=config.eval.num_sequences or self._rows_per_forward,
+            world=world,
+            stop=self._stop,
+            on_progress=lambda done, total: self._call("on_eval_progress", done, total),
+        )
 
     def _resume(self) -> None:
-        """Go back to the newest good checkpoint, or start."""
+        """Go back to the checkpoint, or start."""
         self._stopping = self._save_due = False
         self._failed_saves = 0
         self._facts = resume_facts(self.dataset, self.world)
-        state = self.run.load_checkpoint(self.model, self.optimizer, self._facts, self.world)
-        self.state = state or RunState()
+        if self.checkpoint is not None:
+            self.state = self.run.load_checkpoint(
+                self.checkpoint, self.model, self.optimizer, self._facts, self.world
+            )
         if self.world.is_main:
             self.run.records.drop_after(self.state.step)
+        self._spent = self.plan.spent(self.state.step)
         self._saved_at = time.monotonic()
 
     def _loop(self) -> None:
@@ -156,7 +172,7 @@ class Trainer:
         while True:
             if self._eval_due() and not self._stopping:
                 self._evaluate()
-            done = self.state.step == self.config.num_steps
+            done = self.state.step == self.plan.num_steps
             if self._stopping or done or self._save_due:
                 self._save()
             if self._stopping:
@@ -164,7 +180,7 @@ class Trainer:
                 name = received.name if received else "a signal on another process"
                 self._event("interrupted", signal=name)
                 raise InterruptedRun(
-                    f"stopped by {name} at step {self.state.step} of {self.config.num_steps}; "
+                    f"stopped by {name} at step {self.state.step} of {self.plan.num_steps}; "
                     "the checkpoint is complete: run the same command to go on"
                 )
             if done:
@@ -175,16 +191,18 @@ class Trainer:
         started = time.perf_counter()
         step = self.state.step
         rate = self._set_learning_rate(step)
+        alpha, skipped = self._guidance.start_step(step) if self._guidance else (None, False)
         loss = self._backward(step)
-        clip = self.config.optimizer.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self._parameters, clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss_value, norm_value = self._agree(loss, norm)
         if not np.isfinite(loss_value) or not np.isfinite(norm_value):
             self._refuse_update(loss_value, norm_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._end_guidance(step + 1)
         tokens = self.state.num_tokens + self.config.tokens_per_step
+        spent = self._spend(skipped=alpha is None or skipped)
         seconds = time.perf_counter() - started
         self.state = self.state.replace(
             step=step + 1,
@@ -198,14 +216,31 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm_value,
             step_ms=seconds * 1000,
+            model_flops=spent.model_flops,
+            executed_flops=spent.executed_flops,
+            guide_alpha=alpha,
+            guide_skipped=skipped,
         )
         self._call("on_step", record)
+
+    def _spend(self, *, skipped: bool) -> TrainingFlops:
+        """The FLOPs of the run with those of one more step."""
+        self._spent += self.plan.step
+        if not skipped and self.plan.guided_step is not None:
+            self._spent += self.plan.guided_step
+        return self._spent
+
+    def _end_guidance(self, num_steps: int) -> None:
+        """Take the guides off once ``num_steps`` steps are done and α is 0."""
+        if self._guidance and num_steps >= self._guidance.schedule.num_steps:
+            self._guidance.end(self._module, self.optimizer)
+            self._guidance = None
 
     def _set_learning_rate(self, step: int) -> float:
         schedule = self.config.schedule
         rate = learning_rate_at(
             step,
-            self.config.num_steps,
+            self.plan.num_steps,
             peak=self.config.optimizer.learning_rate,
             kind=schedule.kind,
             warmup_ratio=schedule.warmup_ratio,
@@ -213,7 +248,7 @@ class Trainer:
             decay_ratio=schedule.decay_ratio,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_multiplier"]
         return rate
 
     def _backward(self, step: int) -> Tensor:
@@ -229,10 +264,12 @@ class Trainer:
                     loss = self._module(inputs, labels)
                 (loss * scale).backward()
             total += loss.detach()
+        if self._guidance:
+            self._guidance.reduce_gradients()
         return total
 
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        batch = torch.from_numpy(self.loader.batch(step)).to(self.world.device)
+        batch = torch.from_numpy(self.loader.batch(self.plan.data_step(step))).to(self.world.device)
         parts = batch.split(self._rows_per_forward)
         return [(rows[:, :-1], rows[:, 1:]) for rows in parts]
 
@@ -262,11 +299,7 @@ class Trainer:
 
     def _refuse_update(self, loss: float, norm: float) -> None:
         """Stop before the update, naming the first gradients that are not finite."""
-        bad = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not bool(torch.isfinite(full(parameter.grad)).all())
-        ]
+        bad = non_finite_gradients(self.model)
         step = self.state.step + 1
         self._event("not finite", loss=loss, grad_norm=norm, gradients=bad[:8])
         raise NumericError(
@@ -279,25 +312,29 @@ class Trainer:
         step, every = self.state.step, self.config.eval.every_steps
         if step == self.state.evaluated_step:
             return False
-        return step == self.config.num_steps or (every is not None and step % every == 0)
+        return step == self.plan.num_steps or (every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
-        """The loss on ``eval.num_tokens``, which chooses the best model; at the end on all too.
+        """The loss on ``eval.num_tokens``, which chooses the best model; at the end on more text.
 
-        A signal leaves it to the resumed run.
+        A guided model is evaluated with its guides, and is never the best: no model folder holds
+        guides. A signal leaves it to the resumed run.
         """
-        part = self._validation_loss(self.config.eval.num_tokens)
+        if self._guidance:
+            self._guidance.start_step(self.state.step)
+        num_tokens, final = self.config.eval.num_tokens, self.config.eval.final_num_tokens
+        part = self._validation_loss(num_tokens)
         if part is None:
             return
         results = [part]
-        if self.state.step == self.config.num_steps and self.config.eval.num_tokens is not None:
-            whole = self._validation_loss(None)
+        if self.state.step == self.plan.num_steps and num_tokens != final:
+            whole = self._validation_loss(final)
             if whole is None:
                 return
             results.append(whole)
         self.state = self.state.replace(evaluated_step=self.state.step)
         best = self.state.best_loss
-        if best is None or part.loss < best:
+        if not self._guidance and (best is None or part.loss < best):
             self._save_model("model-best")
             self.state = self.state.replace(best_loss=part.loss)
         for result in results:
@@ -313,46 +350,15 @@ class Trainer:
             bits_per_byte=result.bits_per_byte,
             num_eval_tokens=result.num_tokens,
             seconds=result.seconds,
+            guided=self._guidance is not None,
         )
 
     def _validation_loss(self, num_tokens: int | None) -> EvalResult | None:
         """Over the first ``num_tokens`` of the split; None if a signal came."""
-        length, world = self.config.data.context_length, self.world
-        rows = self.config.eval.num_sequences or self._rows_per_forward
-        windows = EvalWindows(
-            self.dataset,
-            context_length=length,
-            batch_size=rows,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        count = len(windows)
-        if num_tokens is not None:
-            count = min(count, math.ceil(num_tokens / (rows * length * world.size)))
-        self.model.eval()
-        try:
-            with self._precision():
-                return evaluate_loss(
-                    self._loss,
-                    self._until_stopped(windows, count),
-                    device=world.device,
-                    bytes_per_token=windows.num_text_bytes / windows.num_targets,
-                    add_up=world.sum_,
-                )
-        except _Stopped:
-            return None
-        finally:
-            self.model.train()
-
-    def _until_stopped(self, windows: EvalWindows, count: int) -> Iterator[EvalBatch]:
-        """The first ``count`` batches; a signal on any process ends them on all at once."""
-        for done, batch in enumerate(itertools.islice(windows, count)):
-            flag = torch.tensor(float(bool(self._stop)), device=self.world.device)
-            self._stopping = self.world.sum_(flag).item() > 0
-            if self._stopping:
-                raise _Stopped
-            yield batch
-            self._call("on_eval_progress", done + 1, count)
+        with self._precision():
+            result = self._validation.loss(num_tokens)
+        self._stopping = result is None
+        return result
 
     def _save(self) -> None:
         """Write a checkpoint. A failure is fatal where the run stops, or the third time running."""

@@ -1,0 +1,352 @@
+"""The runs behind reports/quality: a plan, a queue that runs it, and the records it leaves.
+
+    python benchmarks/quality.py plan          # what is done, what comes next
+    python benchmarks/quality.py run           # run it; Ctrl-C stops, the same command goes on
+
+Two runs at a time, one thread each. A run that has its record in reports/quality/records is not
+run again; one that was stopped goes on from its checkpoint. What comes next depends on what was
+found, so the plan is made anew after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
+from factorlm.train import TrainConfig, load_recipe
+from factorlm.train.describe import describe
+
+REPORT = Path("reports/quality")
+RUNS = Path("runs/quality")
+STEPS_KEPT = 30
+"""Every so many step records are published; all evaluations are."""
+SWEEP_EVAL_TOKENS = 262_144
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the plan."""
+
+    name: str
+    recipe: str
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """Section -> its fields, over the recipe's."""
+
+    def config(self, folder: str) -> TrainConfig:
+        """Its recipe as it is trained."""
+        base = load_recipe(Path(folder) / f"{self.recipe}.yaml").to_dict()
+        for section, fields in self.sections.items():
+            base[section] = base[section] | fields if isinstance(fields, Mapping) else fields
+        return TrainConfig.from_dict(base | {"name": self.name})
+
+
+class Plan:
+    """What to run, given the losses of what was run."""
+
+    def __init__(self, values: Mapping[str, Any], losses: Mapping[str, float]) -> None:
+        self.values = values
+        self.losses = losses
+
+    def runs(self) -> list[Run]:
+        """Every run that is known to be needed so far, in the order to run them."""
+        rows = dict(self.values["rows"])
+        sweeps = [run for name, row in rows.items() for run in self._sweep(name, row)]
+        blocks = self._block_rows()
+        rows |= blocks
+        later = [run for name, row in blocks.items() for run in self._sweep(name, row)]
+        full = [run for name, row in rows.items() for run in self._full(name, row)]
+        everything = [*sweeps, *self._transfer(), *later, *full, *self._seeds(rows), *self._longer()]
+        return list({run.name: run for run in everything}.values())
+
+    def pending(self) -> list[Run]:
+        """Those without a record."""
+        return [run for run in self.runs() if run.name not in self.losses]
+
+    def _sweep(self, name: str, row: Mapping[str, Any]) -> Iterator[Run]:
+        point = "T" if "structure" not in row and row["recipe"] == "dense" else "C"
+        for rate in self._rates(name, row["rates"]):
+            yield self._run(f"sweep-{name}-{rate:g}", row, rate, point, scale=self._share)
+
+    def _rates(self, name: str, rates: list[float]) -> list[float]:
+        """The grid, extended by a factor of two beyond an edge that is the best so far."""
+        rates = sorted(float(rate) for rate in rates)
+        while True:
+            found = [self.losses.get(f"sweep-{name}-{rate:g}") for rate in rates]
+            if any(loss is None for loss in found):
+                return rates
+            best = found.index(min(found))
+            if 0 < best < len(rates) - 1:
+                return rates
+            rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+
+    def best_rate(self, name: str, row: Mapping[str, Any]) -> float | None:
+        """The tuned learning rate; None while it is not known."""
+        rates = self._rates(name, row["rates"])
+        losses = [self.losses.get(f"sweep-{name}-{rate:g}") for rate in rates]
+        if any(loss is None for loss in losses):
+            return None
+        return rates[losses.index(min(losses))]
+
+    def _best_low_rank(self) -> list[str]:
+        """The low_rank rows from the best to the worst, by the full runs, else by the sweeps."""
+        names = [name for name in self.values["rows"] if name.startswith("low_rank")]
+        rows = self.values["rows"]
+        if any(self.best_rate(name, rows[name]) is None for name in names):
+            return []
+        return sorted(names, key=self._score)
+
+    def _score(self, name: str) -> tuple[bool, float]:
+        full = [self.losses.get(f"{name}-{point}-s0") for point in ("C", "G")]
+        done = [loss for loss in full if loss is not None]
+        sweep = [v for k, v in self.losses.items() if k.startswith(f"sweep-{name}-")]
+        return (len(done) < 2, min(done) if len(done) == 2 else min(sweep))
+
+    def _block_rows(self) -> dict[str, Mapping[str, Any]]:
+        """Chosen by the sweeps alone, so that full runs do not change the choice."""
+        names = [name for name in self.values["rows"] if name.startswith("low_rank")]
+        rows = self.values["rows"]
+        if any(self.best_rate(name, rows[name]) is None for name in names):
+            return {}
+        sweep = {
+            name: min(v for k, v in self.losses.items() if k.startswith(f"sweep-{name}-"))
+            for name in names
+        }
+        best = sorted(names, key=sweep.__getitem__)[:2]
+        return {
+            f"{kind.removesuffix('_32')}_{name.removeprefix('low_rank_')}": {
+                **rows[name],
+                "recipe": kind,
+                "rates": _around(self.best_rate(name, rows[name]) or 0.0),
+            }
+            for kind in self.values["block_rows"]
+            for name in best
+        }
+
+    def _full(self, name: str, row: Mapping[str, Any], seed: int = 0) -> Iterator[Run]:
+        rate = self.best_rate(name, row)
+        points = self.values["points"].get(name, self.values["points"]["other"])
+        for point in points if rate is not None else ():
+            yield self._run(f"{name}-{point}-s{seed}", row, rate, point, seed=seed)
+
+    def _seeds(self, rows: Mapping[str, Any]) -> Iterator[Run]:
+        names = [self.values["budget_row"], "wide", "wide_gqa", *self._best_low_rank()[:2]]
+        for seed in self.values["seeds"][1:]:
+            for name in names:
+                for run in self._full(name, rows[name], seed):
+                    if name in (self.values["budget_row"], "wide", "wide_gqa") or "-T-" not in run.name:
+                        yield run
+
+    def _longer(self) -> Iterator[Run]:
+        names = [self.values["budget_row"], *self._best_low_rank()[:1]]
+        scale = self.values["longer"]
+        for name, points in zip(names, ("T", "CG"), strict=False):
+            row = self.values["rows"][name]
+            rate = self.best_rate(name, row)
+            for point in points if rate is not None else ():
+                yield self._run(f"longer-{name}-{point}", row, rate, point, scale=scale)
+
+    def _transfer(self) -> Iterator[Run]:
+        section = self.values["transfer"]
+        for width in section["widths"]:
+            for rate in section["rates"]:
+                model = load_recipe(self._recipe(section["recipe"])).model.to_dict()
+                model["overrides"] |= {
+                    "hidden_size": width,
+                    "intermediate_size": 4 * width,
+                    "head_dim": width // 4,
+                    "initializer_range": width**-0.5,
+                }
+                structure = {"structure": "low_rank", "rank": width // 4, **section["structure"]}
+                optimizer = section["optimizer"] | {"learning_rate": float(rate)}
+                batch = {"num_tokens": section["num_tokens"]}
+                yield Run(
+                    f"transfer-{width}-{float(rate):g}",
+                    section["recipe"],
+                    {"model": model, "structure": structure, "optimizer": optimizer}
+                    | {"batch": batch, "eval": _sweep_eval()},
+                )
+
+    @property
+    def _share(self) -> float:
+        return self.values["sweep_share"]
+
+    def _recipe(self, name: str) -> Path:
+        return Path(self.values["recipes"]) / f"{name}.yaml"
+
+    def _run(
+        self,
+        name: str,
+        row: Mapping[str, Any],
+        rate: float,
+        point: str,
+        *,
+        seed: int = 0,
+        scale: float = 1,
+    ) -> Run:
+        tokens = round(load_recipe(self._recipe("dense")).batch.num_tokens * scale)
+        budget = {"flops": None if point == "T" else self._budget(tokens), "count": "executed_flops"}
+        sections: dict[str, Any] = {
+            "seed": seed,
+            "optimizer": row["optimizer"] | {"learning_rate": rate},
+            "batch": {"num_tokens": tokens},
+            "budget": budget,
+            "guide": {"variant": "full" if point == "G" else "none"},
+        }
+        if "structure" in row:
+            sections["structure"] = row["structure"]
+        if scale < 1:
+            sections["eval"] = _sweep_eval()
+        return Run(name, row["recipe"], sections)
+
+    def _budget(self, tokens: int) -> float:
+        """Executed FLOPs of the dense row that all rows are compared with."""
+        row = self.values["rows"][self.values["budget_row"]]
+        sections = {"optimizer": row["optimizer"], "batch": {"num_tokens": tokens}}
+        key = (row["recipe"], tokens)
+        if key not in _BUDGETS:
+            run = Run("budget", row["recipe"], sections)
+            described = describe(run.config(self.values["recipes"]))
+            _BUDGETS[key] = float(described.training.executed_flops)
+        return _BUDGETS[key]
+
+
+_BUDGETS: dict[tuple[str, int], float] = {}
+
+
+def _around(rate: float) -> list[float]:
+    return [rate / 2, rate, rate * 2]
+
+
+def _sweep_eval() -> dict[str, Any]:
+    tokens = SWEEP_EVAL_TOKENS
+    return {"every_steps": None, "num_tokens": tokens, "final_num_tokens": tokens}
+
+
+def load_plan() -> dict[str, Any]:
+    """``plan.yaml``."""
+    values: dict[str, Any] = yaml.safe_load((REPORT / "plan.yaml").read_text())
+    return values
+
+
+def load_losses() -> dict[str, float]:
+    """Run -> its last validation loss, of the runs that have a record."""
+    losses = {}
+    for path in sorted((REPORT / "records").glob("*.jsonl")):
+        evals = [r for r in RecordFile(path) if isinstance(r, EvalRecord)]
+        if evals:
+            losses[path.stem] = evals[-1].loss
+    return losses
+
+
+def publish(run: Run) -> None:
+    """Copy what a finished run's records say, most steps left out, to the report."""
+    kept = []
+    for record in RecordFile(RUNS / run.name / "records.jsonl"):
+        last = isinstance(record, StepRecord) and record.step % STEPS_KEPT == 0
+        if last or isinstance(record, RunRecord | EvalRecord | EventRecord):
+            kept.append(record.to_json() + "\n")
+    path = REPORT / "records" / f"{run.name}.jsonl"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+class Queue:
+    """Runs what is pending, ``workers`` at a time."""
+
+    def __init__(self, workers: int, hours: float) -> None:
+        self.workers = workers
+        self.deadline = time.monotonic() + 3600 * hours
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.stopped = False
+
+    def run(self) -> None:
+        """Until nothing is pending, the time is over, or a signal comes."""
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+        signal.signal(signal.SIGINT, lambda *_: self.stop())
+        RUNS.mkdir(parents=True, exist_ok=True)
+        values = load_plan()
+        running: dict[Future[int], Run] = {}
+        failed: set[str] = set()
+        with ThreadPoolExecutor(self.workers) as pool:
+            while True:
+                busy = {run.name for run in running.values()} | failed
+                pending = [r for r in Plan(values, load_losses()).pending() if r.name not in busy]
+                for run in pending[: self.workers - len(running)]:
+                    if not self.stopped and time.monotonic() < self.deadline:
+                        print(f"{time.strftime('%H:%M:%S')} start {run.name}", flush=True)
+                        running[pool.submit(self._train, run, values["recipes"])] = run
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run, code = running.pop(future), future.result()
+                    print(f"{time.strftime('%H:%M:%S')} end {run.name}: exit {code}", flush=True)
+                    if code == 0:
+                        publish(run)
+                    else:
+                        failed.add(run.name)
+
+    def _train(self, run: Run, recipes: str) -> int:
+        """``factorlm train`` on the run's resolved recipe; its exit code."""
+        recipe = RUNS / f"{run.name}.yaml"
+        recipe.write_text(yaml.safe_dump(run.config(recipes).to_dict(), sort_keys=False))
+        command = [sys.executable, "-m", "factorlm", "train", str(recipe), "--runs-dir", str(RUNS)]
+        with (RUNS / f"{run.name}.log").open("ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+            self.children.append(child)
+            return child.wait()
+
+    def stop(self) -> None:
+        """Pass the signal on: runs end with a complete checkpoint."""
+        self.stopped = True
+        for child in self.children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+
+
+def show_plan() -> None:
+    """Every run with its FLOPs and its loss, if it has one."""
+    values, losses = load_plan(), load_losses()
+    total = left = 0.0
+    for run in Plan(values, losses).runs():
+        flops = describe(run.config(values["recipes"])).training.executed_flops
+        total += flops
+        left += 0 if run.name in losses else flops
+        print(f"{run.name:<40} {flops:.3e} {losses.get(run.name, '')}")
+    print(f"known so far: {total:.3e} FLOPs, {left:.3e} of them to be run")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["plan", "run"])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--hours", type=float, default=1000.0, help="start no run after so long")
+    args = parser.parse_args()
+    if args.command == "plan":
+        show_plan()
+    else:
+        Queue(args.workers, args.hours).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Self-guided training: a dense guide beside a structured layer (arXiv 2407.09835, section 4).
+
+o = α W x + (1 - α) S x + b, with S the structured map and W a trainable dense weight that starts
+equal to it. Who trains decides α and when the guide goes; nothing here counts steps.
+
+Letters: I = in_features, O = out_features, N = tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from factorlm.config import check
+from factorlm.layers.base import StructuredLinear
+from factorlm.layers.config import StructureConfig
+
+GuideForm = Literal["auto", "merged", "two_path"]
+
+_WRAPPER_PARTS = frozenset({"structured", "_orig_mod", "_checkpoint_wrapped_module"})
+
+
+def saved_name(name: str) -> str:
+    """A module's or parameter's name as files have it, the parts that wrappers add left out."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def merging_pays(
+    config: StructureConfig, in_features: int, out_features: int, num_tokens: int
+) -> bool:
+    """Whether computing S as a dense weight takes fewer FLOPs than running it on ``num_tokens``.
+
+    Forward and backward cost three times either, so the comparison is that of the forward pass:
+    ``to_dense_flops`` against ``flops_per_token`` x tokens. For low_rank: N > I O / (I + O).
+    """
+    structured = num_tokens * config.flops_per_token(in_features, out_features)
+    return config.to_dense_flops(in_features, out_features) < structured
+
+
+@final
+class Guide(nn.Module):
+    """The dense weight W. A module of its own, so that FSDP2 gathers it in its own forward."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, in_features: int, out_features: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        empty = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(empty)
+
+    def forward(
+        self,
+        x: Tensor,  # (*, I)
+        alpha: Tensor,  # ()
+        bias: Tensor | None,  # (O,)
+        *,
+        dense: Tensor | None = None,  # (O, I), S as a dense weight
+        output: Tensor | None = None,  # (*, O), S x + b
+    ) -> Tensor:
+        """α W x + (1 - α) S x + b, (*, O), from either ``dense`` or ``output``."""
+        if dense is not None:
+            alpha = alpha.to(self.weight.dtype)
+            merged = torch.lerp(dense.to(self.weight.dtype), self.weight, alpha)
+            return linear(x, merged, bias)
+        assert output is not None
+        guided = linear(x, self.weight, bias)
+        return torch.lerp(output, guided, alpha.to(guided.dtype))
+
+
+@final
+class SelfGuidedLinear(nn.Module):
+    """``structured`` with a dense guide beside it; see the module's docstring.
+
+    ``form`` says how a guided pass is computed: ``two_path``, both maps on every token;
+    ``merged``, one dense matmul with α W + (1 - α) S, exact and cheaper from some hundred tokens
+    on; ``auto`` asks ``merging_pays``. In training, ``skipped`` runs ``structured`` alone and
+    unscaled (the papers' stochastic variant).
+
+    In state dicts ``structured`` has the names that it has alone (``V``, ``bias``), so that files
+    from before, during and after guidance agree; beside them stands ``guide.weight``.
+    """
+
+    alpha: Tensor
+    skipped: bool
+
+    def __init__(self, structured: StructuredLinear, *, form: GuideForm = "auto") -> None:
+        super().__init__()
+        check(form in get_args(GuideForm), f"form={form!r} must be one of {get_args(GuideForm)}")
+        like = structured.get_parameter(structured.factors[0].name)
+        self.form: GuideForm = form
+        self.structured = structured
+        self.guide = Guide(
+            structured.in_features, structured.out_features, device=like.device, dtype=like.dtype
+        )
+        self.register_buffer("alpha", torch.ones((), device=like.device), persistent=False)
+        self.skipped = False
+        self.register_state_dict_post_hook(_named_as_saved)
+        self.register_load_state_dict_pre_hook(_named_as_held)
+        if not like.is_meta:
+            self.start_(structured)
+        self.train(structured.training)
+
+    @torch.no_grad()
+    def start_(self, structured: StructuredLinear) -> None:
+        """Set the guide to the map of ``structured`` and α to 1."""
+        self.guide.weight.copy_(structured.weight)
+        self.alpha.fill_(1.0)
+
+    def set_alpha(self, alpha: float, *, skipped: bool = False) -> None:
+        """Set α in [0, 1], and whether training passes leave the guide out; no device sync."""
+        check(0 <= alpha <= 1, f"alpha={alpha} must lie in [0, 1]")
+        self.alpha.fill_(alpha)
+        self.skipped = skipped
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, I) -> (*, O)."""
+        structured = self.structured
+        if self.skipped and self.training:
+            return structured(x)
+        if self._merges(x.numel() // structured.in_features):
+            return self.guide(x, self.alpha, structured.bias, dense=structured.to_dense())
+        return self.guide(x, self.alpha, structured.bias, output=structured(x))
+
+    def _merges(self, num_tokens: int) -> bool:
+        if self.form != "auto":
+            return self.form == "merged"
+        structured = self.structured
+        sizes = (structured.in_features, structured.out_features)
+        return merging_pays(structured.config, *sizes, num_tokens)
+
+    @property
+    def weight(self) -> Tensor:
+        """The structured map as a detached dense weight, (O, I); see ``StructuredLinear``."""
+        return self.structured.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, (O,), which both maps share."""
+        return self.structured.bias
+
+    def extra_repr(self) -> str:
+        """How it is computed."""
+        return f"form={self.form}"
+
+
+def _named_as_saved(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object
+) -> None:
+    """Leave ``structured`` out of the names of a state dict that was just made, in its order."""
+    held = f"{prefix}structured."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        value = state_dict.pop(key)
+        state_dict[prefix + key[len(held) :] if key.startswith(held) else key] = value
+
+
+def _named_as_held(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: object
+) -> None:
+    """The reverse, on a state dict that is about to be loaded."""
+    parts = tuple(f"{prefix}{name}." for name in ("structured", "guide"))
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        if not key.startswith(parts):
+            state_dict[f"{prefix}structured.{key[len(prefix) :]}"] = state_dict.pop(key)

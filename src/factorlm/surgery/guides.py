@@ -1,0 +1,64 @@
+"""``attach_guides_`` and its inverse ``detach_guides_``: dense guides beside structured layers."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from factorlm.config import check
+from factorlm.errors import ConfigError
+from factorlm.layers import StructuredLinear
+from factorlm.layers.self_guided import GuideForm, SelfGuidedLinear
+from factorlm.surgery.swap import replace_everywhere
+
+
+def guided_layers(model: nn.Module) -> dict[str, SelfGuidedLinear]:
+    """The layers of ``model`` that have a guide, by name; a shared one once."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SelfGuidedLinear)
+    }
+
+
+def attach_guides_(model: nn.Module, *, form: GuideForm = "auto") -> list[str]:
+    """Put a dense guide beside every structured layer of ``model``, in place; their names.
+
+    Each guide starts equal to its layer's map (on the meta device ``materialize_`` starts it).
+    ``form`` is that of ``SelfGuidedLinear``. While guides are there ``save_pretrained`` refuses.
+    Raises ``ConfigError`` if there is no structured layer, or if there are guides already.
+    """
+    check(not guided_layers(model), f"{type(model).__name__} has guides already")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLinear)
+    }
+    check(bool(layers), f"{type(model).__name__} has no structured layer to guide")
+    check("" not in layers, "the model itself is the layer: use SelfGuidedLinear")
+    for layer in layers.values():
+        replace_everywhere(model, layer, SelfGuidedLinear(layer, form=form))
+    if isinstance(model, PreTrainedModel):
+        model.__dict__["save_pretrained"] = _refuse_to_save
+    return list(layers)
+
+
+def detach_guides_(model: nn.Module) -> list[nn.Parameter]:
+    """Take all guides off, in place, and return their weights: an optimizer has to forget them
+    (``factorlm.optim.release_``). What is left has no trace of them."""
+    layers = guided_layers(model)
+    for layer in layers.values():
+        replace_everywhere(model, layer, layer.structured)
+    if isinstance(model, PreTrainedModel):
+        model.__dict__.pop("save_pretrained", None)
+    return [layer.guide.weight for layer in layers.values()]
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
+    """Stands in for ``save_pretrained``."""
+    raise ConfigError(
+        "the model has guides attached, which no saved model holds: train on until they are gone, "
+        "or take them off with detach_guides_"
+    )

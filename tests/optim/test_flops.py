@@ -1,0 +1,67 @@
+"""Matmul FLOPs of a step, against what PyTorch counts while it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from factorlm.errors import ConfigError
+from factorlm.layers import BlockDenseConfig, BlockShuffleConfig, LowRankConfig, StructureConfig
+from factorlm.optim import build_optimizer, guide_optimizer_flops, optimizer_flops
+from factorlm.surgery import factorize_
+from factorlm.surgery.guides import attach_guides_
+from factorlm.testing.models import tiny_model
+
+STRUCTURES: list[StructureConfig | None] = [
+    None,
+    LowRankConfig(rank=8),
+    BlockShuffleConfig(num_blocks=4),
+    BlockDenseConfig(num_blocks=2, rank=8),
+]
+
+
+def counted(model: torch.nn.Module, kind: str) -> int:
+    """Of the second step: the first starts the power iteration."""
+    optimizer = build_optimizer(model, kind=kind, learning_rate=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "spectron"])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_a_step_takes_what_pytorch_counts(structure: StructureConfig | None, kind: str) -> None:
+    model, meta = tiny_model("llama"), tiny_model("llama", device="meta")
+    if structure is not None:
+        factorize_(model, structure)
+        factorize_(meta, structure)
+    wanted = counted(model, kind)
+    assert optimizer_flops(meta, kind) == wanted
+    assert (wanted == 0) == (kind == "adamw")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "spectron"])
+def test_guides_are_left_out_and_counted_on_their_own(kind: str) -> None:
+    model = tiny_model("llama")
+    factorize_(model, LowRankConfig(rank=8))
+    alone = optimizer_flops(model, kind)
+    attach_guides_(model)
+    assert optimizer_flops(model, kind) == alone
+    guides = 4 * guide_optimizer_flops(32, 80, kind) + 2 * guide_optimizer_flops(80, 32, kind)
+    assert counted(model, kind) == alone + guides
+
+
+def test_what_is_frozen_is_not_counted() -> None:
+    model = tiny_model("llama", device="meta")
+    whole = optimizer_flops(model, "muon")
+    model.get_submodule("model.layers.0").requires_grad_(False)
+    assert 3 * optimizer_flops(model, "muon") == 2 * whole
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.kind='sgd' must be one of"):
+        guide_optimizer_flops(2, 3, "sgd")
