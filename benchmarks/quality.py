@@ -67,7 +67,14 @@ class Plan:
         rows |= blocks
         later = [run for name, row in blocks.items() for run in self._sweep(name, row)]
         full = [run for name, row in rows.items() for run in self._full(name, row)]
-        everything = [*sweeps, *self._transfer(), *later, *full, *self._seeds(rows), *self._longer()]
+        everything = [
+            *sweeps,
+            *self._transfer(),
+            *later,
+            *full,
+            *self._seeds(rows),
+            *self._longer(),
+        ]
         return list({run.name: run for run in everything}.values())
 
     def pending(self) -> list[Run]:
@@ -145,7 +152,10 @@ class Plan:
         for seed in self.values["seeds"][1:]:
             for name in names:
                 for run in self._full(name, rows[name], seed):
-                    if name in (self.values["budget_row"], "wide", "wide_gqa") or "-T-" not in run.name:
+                    if (
+                        name in (self.values["budget_row"], "wide", "wide_gqa")
+                        or "-T-" not in run.name
+                    ):
                         yield run
 
     def _longer(self) -> Iterator[Run]:
@@ -196,7 +206,10 @@ class Plan:
         scale: float = 1,
     ) -> Run:
         tokens = round(load_recipe(self._recipe("dense")).batch.num_tokens * scale)
-        budget = {"flops": None if point == "T" else self._budget(tokens), "count": "executed_flops"}
+        budget = {
+            "flops": None if point == "T" else self._budget(tokens),
+            "count": "executed_flops",
+        }
         sections: dict[str, Any] = {
             "seed": seed,
             "optimizer": row["optimizer"] | {"learning_rate": rate},
@@ -258,6 +271,7 @@ def publish(run: Run) -> None:
         if last or isinstance(record, RunRecord | EvalRecord | EventRecord):
             kept.append(record.to_json() + "\n")
     path = REPORT / "records" / f"{run.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from factorlm.data import PrepareConfig, TokenDataset, TokenLoader, open_dataset, prepare
     from factorlm.eval import evaluate_loss
-    from factorlm.hf import build_causal_lm, load
+    from factorlm.hf import SelfGuidedTraining, build_causal_lm, load
     from factorlm.layers import (
         BlockDenseConfig,
         BlockDenseLinear,
@@ -30,11 +30,20 @@ if TYPE_CHECKING:
         Factor,
         LowRankConfig,
         LowRankLinear,
+        SelfGuidedLinear,
         StructureConfig,
         StructuredLinear,
     )
+    from factorlm.optim import GuideSchedule
     from factorlm.records import RecordFile, RunRecord
-    from factorlm.surgery import StructureMap, SwapReport, densify_, factorize_
+    from factorlm.surgery import (
+        StructureMap,
+        SwapReport,
+        attach_guides_,
+        densify_,
+        detach_guides_,
+        factorize_,
+    )
     from factorlm.train import TrainConfig, load_recipe
     from factorlm.train.callbacks import Callback
     from factorlm.train.trainer import Trainer
@@ -50,11 +59,14 @@ _EXPORTS = {
     "DenseConfig": "layers",
     "DenseLinear": "layers",
     "Factor": "layers",
+    "GuideSchedule": "optim",
     "LowRankConfig": "layers",
     "LowRankLinear": "layers",
     "PrepareConfig": "data",
     "RecordFile": "records",
     "RunRecord": "records",
+    "SelfGuidedLinear": "layers",
+    "SelfGuidedTraining": "hf",
     "StructureConfig": "layers",
     "StructureMap": "surgery",
     "StructuredLinear": "layers",
@@ -63,10 +75,12 @@ _EXPORTS = {
     "TokenLoader": "data",
     "TrainConfig": "train",
     "Trainer": "train.trainer",
+    "attach_guides_": "surgery",
     "build_causal_lm": "hf",
     "config_for_param_ratio": "accounting",
     "count_params": "accounting",
     "densify_": "surgery",
+    "detach_guides_": "surgery",
     "evaluate_loss": "eval",
     "factorize_": "surgery",
     "flops_per_token": "accounting",
@@ -86,11 +100,14 @@ __all__ = [
     "DenseConfig",
     "DenseLinear",
     "Factor",
+    "GuideSchedule",
     "LowRankConfig",
     "LowRankLinear",
     "PrepareConfig",
     "RecordFile",
     "RunRecord",
+    "SelfGuidedLinear",
+    "SelfGuidedTraining",
     "StructureConfig",
     "StructureMap",
     "StructuredLinear",
@@ -100,10 +117,12 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "attach_guides_",
     "build_causal_lm",
     "config_for_param_ratio",
     "count_params",
     "densify_",
+    "detach_guides_",
     "evaluate_loss",
     "factorize_",
     "flops_per_token",

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from factorlm.errors import DataError
 from factorlm.registry import Registry
@@ -21,6 +21,9 @@ from factorlm.storage import atomic_write_text
 
 FORMAT_VERSION = 1
 RECORDS_FILE = "records.jsonl"
+
+LOSS_SPIKE = "loss spike"
+"""The ``EventRecord.event`` of a loss far over those before it."""
 
 RECORD_TYPES: Registry[type[Record]] = Registry("record type")
 
@@ -64,17 +67,17 @@ class RunRecord(Record):
     num_non_embedding_params: int
     forward_flops_per_token: float
     training_flops: float
-    """Of the whole run, by the papers' convention: 3 x forward x tokens, and 3 x its matmul x tokens
-    for a guide."""
+    """Of the whole run, by the papers' convention: 3 x forward x tokens, and 3 x its matmul x
+    tokens for a guide."""
     num_steps: int
     tokens_per_step: int
     """Tokens that are predicted in one optimizer step, over all processes."""
     executed_flops: float | None = None
-    """Of the whole run, what is really run: recomputation, merged guides and the optimizer's matmuls
-    included. None in records of before it was counted."""
+    """Of the whole run, what is really run: recomputation, merged guides and the optimizer's
+    matmuls included. None in records of before it was counted."""
     num_original_steps: int | None = None
-    """Steps that read new data where the run replays its guided tokens; else those that the recipe's
-    batch states."""
+    """Steps that read new data where the run replays its guided tokens; else those that the
+    recipe's batch states."""
     num_guide_steps: int = 0
     """The first so many steps have a guide."""
 
@@ -125,6 +128,32 @@ class EvalRecord(Record):
     """The model had its guides; such an evaluation is not compared."""
 
 
+class LayerValues(TypedDict):
+    """One structured layer in a ``MonitorRecord``."""
+
+    factor_norms: dict[str, float]
+    """Spectral norm of each factor after the step, in order of application; of a block-diagonal
+    one, its largest block's."""
+    product_rms: float
+    """Root mean square of the entries of the product of the factors, after the step."""
+    change_rms: float
+    """Root mean square of what the step added to the entries of the product."""
+    grad_norm: float
+    """Of the layer's own parameters, before clipping."""
+
+
+@record_type("monitor")
+@dataclass(frozen=True, kw_only=True)
+class MonitorRecord(Record):
+    """What one optimizer step did to the structured layers."""
+
+    step: int
+    guide_alpha: float | None
+    """The guide's share in this step; None without a guide."""
+    layers: dict[str, LayerValues]
+    """By the names that files have, in the model's order."""
+
+
 @record_type("generation")
 @dataclass(frozen=True, kw_only=True)
 class GenerationRecord(Record):
@@ -141,7 +170,7 @@ class GenerationRecord(Record):
 @record_type("event")
 @dataclass(frozen=True, kw_only=True)
 class EventRecord(Record):
-    """Something that happened to a run: resumed, saved, interrupted, finished."""
+    """Something that happened to a run: resumed, saved, interrupted, finished, a loss spike."""
 
     event: str
     step: int
@@ -160,15 +189,11 @@ class RecordFile:
             file.write(record.to_json() + "\n")
 
     def drop_after(self, step: int) -> None:
-        """Forget steps and evaluations after ``step``, which a resumed run does again; a
-        half-written last line goes too."""
+        """Forget what was found after ``step``, which a resumed run finds again: steps,
+        evaluations, monitors, loss spikes. A half-written last line goes too."""
         if not self.path.exists():
             return
-        kept = [
-            record
-            for record in self
-            if not isinstance(record, StepRecord | EvalRecord) or record.step <= step
-        ]
+        kept = [record for record in self if not _is_found_again(record, step)]
         atomic_write_text(self.path, "".join(record.to_json() + "\n" for record in kept))
 
     def __iter__(self) -> Iterator[Record]:
@@ -188,6 +213,13 @@ class RecordFile:
                 raise DataError(f"{self.path}:{number}: not a record: {error!r}") from None
             if record is not None:
                 yield record
+
+
+def _is_found_again(record: Record, step: int) -> bool:
+    """Whether a run that goes back to ``step`` writes ``record`` once more."""
+    if isinstance(record, EventRecord):
+        return record.event == LOSS_SPIKE and record.step > step
+    return isinstance(record, StepRecord | EvalRecord | MonitorRecord) and record.step > step
 
 
 def _parse(line: bytes) -> Record | None:

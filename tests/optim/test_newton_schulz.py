@@ -67,7 +67,7 @@ def test_the_automatic_precision_is_bf16_where_that_is_fast(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_fast: bool, precision: str
 ) -> None:
     module = importlib.import_module("factorlm.optim.newton_schulz")  # a function has its name
-    monkeypatch.setattr(module, "_has_fast_bf16", lambda _: is_fast)
+    monkeypatch.setattr(module, "has_fast_bf16", lambda _: is_fast)
     matrix = draw((4, 6), dtype=torch.float32).to(dtype)
     wanted = newton_schulz(matrix, precision=precision)  # type: ignore[arg-type]
     torch.testing.assert_close(newton_schulz(matrix), wanted, rtol=0, atol=0)  # and their dtypes

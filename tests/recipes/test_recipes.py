@@ -47,17 +47,21 @@ def test_says_where_its_data_comes_from(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))
 def test_is_named_after_what_it_holds(path):
-    """A name that holds a structure or a share tells the truth."""
+    """A name that holds a structure, a share or a guide tells the truth."""
     config = load_recipe(path)
     assert config.name == path.stem
     named = [kind for kind in STRUCTURES if kind in path.stem]
     if named:
         expected = max(named, key=len)
         assert config.structure.get("structure", "dense") == expected
-    for share in ("32", "63"):
-        if path.stem.endswith(f"_{share}"):
-            _, report = build_model(config)
-            assert report.param_ratio == pytest.approx(int(share) / 100, abs=0.06)
+    for share in {"32", "63"} & {*path.stem.split("_")}:
+        _, report = build_model(config)
+        assert report.param_ratio == pytest.approx(int(share) / 100, abs=0.06)
+    assert (config.guide.variant != "none") == path.stem.endswith("_guided")
+    if path.stem.endswith("_control"):
+        other = load_recipe(path.with_stem(path.stem.replace("_control", "_guided")))
+        assert other.budget == config.budget
+        assert config.budget.flops is not None
 
 
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))

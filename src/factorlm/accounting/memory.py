@@ -13,6 +13,7 @@ from factorlm.accounting.attention import AttentionShape, attention_shapes
 from factorlm.anatomy import Anatomy, LinearSite, anatomy_of, linear_num_params
 from factorlm.config import check
 from factorlm.layers import StructuredLinear
+from factorlm.layers.self_guided import Guide
 from factorlm.ops.cross_entropy import CHUNK_ELEMENTS
 
 _FP32_BYTES = 4
@@ -27,7 +28,8 @@ class MemoryEstimate:
     optimizer_bytes: int
     """AdamW's two moments."""
     autocast_bytes: int
-    """Half-precision copies of the linears' weights, kept from forward to backward."""
+    """Half-precision copies of the linears' weights and of the guides (merged with their layers or
+    not), kept from forward to backward."""
     activations_bytes: int
     """What the decoder layers save for the backward pass of one micro-batch."""
     loss_bytes: int
@@ -51,9 +53,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of training ``model`` on ``micro_batch`` sequences of ``seq_len`` tokens.
 
-    ``bf16`` means autocast over weights as they are. Exact: weights, gradients, moments, and the
-    KV cache (in 2 bytes an element with ``bf16``, else in 4). Activations of a decoder layer, per
-    token, with c bytes an element in the matmuls:
+    ``bf16`` means autocast over weights as they are. Exact: weights, gradients, moments, those of
+    guides included, and the KV cache (in 2 bytes an element with ``bf16``, else in 4). Activations
+    of a decoder layer, per token, with c bytes an element in the matmuls:
 
     * c for the input of every linear (under autocast each linear has its own copy; else linears
       that read one tensor share it) and for every intermediate of a structured one;
@@ -63,7 +65,8 @@ def estimate_memory(
 
     With activation checkpointing: the 4-byte input of every layer, and one layer's activations.
     Left out: attention matrices (a fused kernel keeps none), dropout masks, experts, the
-    embedding's output and the last norm, temporary buffers, and the allocator's fragments.
+    embedding's output and the last norm, guides merged in float32, temporary buffers, and the
+    allocator's fragments.
     """
     check(micro_batch >= 1, f"micro_batch={micro_batch} must be at least 1")
     check(seq_len >= 1, f"seq_len={seq_len} must be at least 1")
@@ -72,13 +75,14 @@ def estimate_memory(
     half = precision == "bf16"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     linears = sum(s.num_params for s in (*anatomy.attention_linears, *anatomy.ffn_linears))
+    guides = sum(m.weight.numel() for m in model.modules() if isinstance(m, Guide))
     tokens = micro_batch * seq_len
     cached = sum(shape.cache_width for shape in shapes)
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=weights,
         optimizer_bytes=2 * weights,
-        autocast_bytes=2 * linears if half else 0,
+        autocast_bytes=2 * (linears + guides) if half else 0,
         activations_bytes=tokens * _saved(model, anatomy, shapes, half, activation_checkpointing),
         loss_bytes=_loss_bytes(model, tokens),
         kv_cache_bytes_per_token=(2 if half else _FP32_BYTES) * cached,

@@ -29,6 +29,11 @@ class StepPlan:
     guided_step: TrainingFlops | None
     """What a guided step adds."""
 
+    @property
+    def num_replayed_steps(self) -> int:
+        """Steps at the end that read the data of the guided steps once more."""
+        return 0 if self.guide is None else self.num_steps - self.num_original_steps
+
     def data_step(self, step: int) -> int:
         """The step in the data's order whose batch step ``step`` reads."""
         replays = self.guide is not None and step >= self.num_original_steps
@@ -102,18 +107,20 @@ def plan_guided(
     if budget is None:
         num_steps = num_original_steps
     else:
-        costs = [num_original_steps * getattr(part, count) for part in (step, guided_step)]
-        share = guided_share(*costs, budget, variant=guide.variant)
+        structured = num_original_steps * getattr(step, count)
+        dense = num_original_steps * getattr(guided_step, count)
+        share = guided_share(structured, dense, budget, variant=guide.variant)
+        guide_steps = round(share * num_original_steps)
         check(
-            share * num_original_steps >= 0.5,
+            guide_steps >= 1,
             f"budget.flops={budget:.4g} leaves nothing for a guide: the structured steps alone "
-            f"cost {costs[0]:.4g}",
+            f"cost {structured:.4g}",
         )
         check(
-            share <= 1,
+            guide_steps <= num_original_steps,
             f"budget.flops={budget:.4g} would guide {share:.2f} times the original steps: "
             "state more batch.num_tokens",
         )
-        guide = guide.replace(num_steps=round(share * num_original_steps))
-        num_steps = num_original_steps + guide.num_steps
+        guide = guide.replace(num_steps=guide_steps)
+        num_steps = num_original_steps + guide_steps
     return StepPlan(num_steps, num_original_steps, guide, step, guided_step)

@@ -32,9 +32,7 @@ class TrainingFlops:
 
     def times(self, number: float) -> TrainingFlops:
         """Of ``number`` such steps, which may be an expectation."""
-        return TrainingFlops(
-            round(self.model_flops * number), round(self.executed_flops * number)
-        )
+        return TrainingFlops(round(self.model_flops * number), round(self.executed_flops * number))
 
 
 def training_flops(

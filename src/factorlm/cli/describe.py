@@ -57,6 +57,7 @@ def print_description(description: Description, console: Console) -> None:
 def _costs(description: Description) -> Table:
     config, params, training = description.config, description.params, description.training
     plan = description.plan
+    guide_steps = 0 if plan.guide is None else plan.guide.num_steps
     table = _table("run", "")
     rows = {
         "parameters": f"{params.total:,}",
@@ -67,22 +68,15 @@ def _costs(description: Description) -> Table:
         "training FLOPs (the papers' convention)": f"{training.model_flops:.4g}",
         "training FLOPs (executed)": f"{training.executed_flops:.4g}",
         "steps": f"{plan.num_steps:,}",
-        "  with a guide": "" if plan.guide is None else f"{plan.guide.num_steps:,}",
-        "  on tokens seen before": f"{_replayed(plan):,}",
+        "  with a guide": _number(guide_steps),
+        "  on tokens seen before": _number(plan.num_replayed_steps),
         "tokens per step": f"{config.tokens_per_step:,}",
         "tokens": f"{description.num_tokens:,}",
     }
-    if plan.guide is None:
-        del rows["  with a guide"]
-    if not _replayed(plan):
-        del rows["  on tokens seen before"]
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     return table
-
-
-def _replayed(plan: StepPlan) -> int:
-    return 0 if plan.guide is None else plan.num_steps - plan.num_original_steps
 
 
 def _parts(description: Description) -> Table:

@@ -14,6 +14,7 @@ from factorlm.config import check
 from factorlm.layers import SelfGuidedLinear, StructuredLinear, saved_name
 from factorlm.surgery import initializer_std, restore_buffers_, stock_model
 
+
 def materialize_(model: PreTrainedModel, *, device: torch.device | str, seed: int) -> None:
     """Allocate a model that was built on the meta device, tie its weights again, initialise it.
 

@@ -13,6 +13,7 @@ from typing import Self, final
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from factorlm.config import check
 from factorlm.layers.config import Factor, StructureConfig
@@ -32,8 +33,8 @@ class StructuredLinear(nn.Module, ABC):
     """y = x Wᵀ + b with W (O, I) a product of factors.
 
     A concrete class is final, declares the parameters that its config states as ``factors``
-    (they are allocated here), and implements the four abstract methods. The battery in
-    ``factorlm.testing.contract`` proves a class.
+    (they are allocated here), and implements the four abstract methods; ``products`` is there to
+    be overridden. The battery in ``factorlm.testing.contract`` proves a class.
     """
 
     bias: nn.Parameter | None
@@ -81,6 +82,18 @@ class StructuredLinear(nn.Module, ABC):
         self, std: float | None, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         """The factors as the papers initialise them, in order, drawn on the CPU in float32."""
+
+    def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense weight of ``factors``, in order of application, as a batch of small products.
+
+        ``left`` (..., o, r) and ``right`` (..., r, i): every entry of W is in ``left @ right``
+        exactly once, in any place. Monitors read norms of W and of its changes from Gram matrices
+        of size r (``factorlm.layers.spectrum``). Here every row of ``to_dense`` is a product, with
+        r = 1; override it where W never has to exist.
+        """
+        names = [f"layer.{factor.name}" for factor in self.factors]
+        dense = functional_call(_Dense(self), dict(zip(names, factors, strict=True)), ())
+        return dense.new_ones(dense.shape[0], 1, 1), dense.unsqueeze(1)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -189,3 +202,14 @@ class StructuredLinear(nn.Module, ABC):
         ]
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return ", ".join([sizes, f"bias={self.bias is not None}", *fields])
+
+
+class _Dense(nn.Module):
+    """``to_dense`` as a forward, which ``functional_call`` runs with other factors."""
+
+    def __init__(self, layer: StructuredLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.to_dense()

@@ -22,7 +22,7 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.initialization import orthogonal_polar
 from factorlm.layers.projection import balanced_svd
-from factorlm.ops.block_dense import block_dense, block_dense_dense
+from factorlm.ops.block_dense import block_dense, block_dense_dense, block_dense_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,10 @@ class BlockDenseLinear(StructuredLinear):
     def to_dense(self) -> Tensor:
         """L blockdiag(B), (O, I)."""
         return block_dense_dense(self.B, self.L)
+
+    def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The column panels."""
+        return block_dense_products(*factors)
 
     def nearest_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The truncated SVD of each column panel (O, I/G)."""

@@ -25,7 +25,12 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.initialization import orthogonal_polar
 from factorlm.layers.projection import balanced_svd
-from factorlm.ops.block_shuffle import block_shuffle, block_shuffle_dense, num_rounds
+from factorlm.ops.block_shuffle import (
+    block_shuffle,
+    block_shuffle_dense,
+    block_shuffle_products,
+    num_rounds,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,10 @@ class BlockShuffleLinear(StructuredLinear):
         """(O, I)."""
         shuffle = self.config.output_shuffle
         return block_shuffle_dense(self.first, self.second, output_shuffle=shuffle)
+
+    def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The sub-blocks; where the outputs land plays no part."""
+        return block_shuffle_products(*factors)
 
     def nearest_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The truncated SVD of each sub-block (O/G, I/G) of the G x G grid.

@@ -72,6 +72,11 @@ class LowRankLinear(StructuredLinear):
         """U V, (O, I)."""
         return low_rank_dense(self.V, self.U)
 
+    def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """One: U by V."""
+        V, U = factors
+        return U, V
+
     def nearest_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The truncated SVD of ``weight``."""
         U, V = balanced_svd(weight, self.V.shape[0])

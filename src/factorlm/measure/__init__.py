@@ -6,16 +6,23 @@ from factorlm.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from factorlm.measure.hardware import environment
-    from factorlm.measure.peak import matmul_flops_per_second
+    from factorlm.measure.peak import has_fast_bf16, matmul_flops_per_second
     from factorlm.measure.timing import Measurement, measure_latency
 
-__all__ = ["Measurement", "environment", "matmul_flops_per_second", "measure_latency"]
+__all__ = [
+    "Measurement",
+    "environment",
+    "has_fast_bf16",
+    "matmul_flops_per_second",
+    "measure_latency",
+]
 
 __getattr__ = lazy_exports(
     __name__,
     {
         "Measurement": "timing",
         "environment": "hardware",
+        "has_fast_bf16": "peak",
         "matmul_flops_per_second": "peak",
         "measure_latency": "timing",
     },

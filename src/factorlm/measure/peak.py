@@ -1,4 +1,4 @@
-"""The matmul rate that a device reaches: what model FLOP utilisation is relative to."""
+"""What matmuls a device is good at: its rate, which utilisation is relative to, and bf16."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ import torch
 BUDGET_SECONDS = 0.2
 SMALLEST, LARGEST = 256, 8192
 """Rows of the square matrices that are tried."""
+
+
+@functools.cache
+def has_fast_bf16(device_type: str) -> bool:
+    """Whether matmuls in bf16 run on instructions of their own.
+
+    On a CPU without them one takes up to a hundred times as long as in float32.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
 
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:

@@ -17,5 +17,9 @@ def block_dense(x: Tensor, B: Tensor, L: Tensor, bias: Tensor | None = None) -> 
 
 def block_dense_dense(B: Tensor, L: Tensor) -> Tensor:
     """The dense weight, (O, I): column panel g is L[:, panel g of R] B[g]."""
-    panels = L.unflatten(1, B.shape[:2]).transpose(0, 1)  # (G, O, R/G)
-    return torch.bmm(panels, B).transpose(0, 1).flatten(1)
+    return torch.bmm(*block_dense_products(B, L)).transpose(0, 1).flatten(1)
+
+
+def block_dense_products(B: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """The column panels of the dense weight as products: (G, O, R/G) by (G, R/G, I/G)."""
+    return L.unflatten(1, B.shape[:2]).transpose(0, 1), B

@@ -39,15 +39,23 @@ def block_shuffle(
 
 
 def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:
-    """The dense weight, (O, I): sub-block (p, q), of input block p and group q, sums over the
-    hidden values that the two share."""
+    """The dense weight, (O, I), put together from its sub-blocks."""
+    left, right = block_shuffle_products(first, second)
+    grid = left @ right
+    grid = grid.permute(2, 1, 0, 3) if output_shuffle else grid.permute(1, 2, 0, 3)
+    return grid.reshape(second.shape[0] * second.shape[1], -1)
+
+
+def block_shuffle_products(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The sub-blocks of the dense weight as products: (G, G, O/G, rounds) by (G, G, rounds, I/G).
+
+    Sub-block (p, q), of input block p and group q, sums over the hidden values that the two share.
+    """
     num_blocks, block_hidden, _ = first.shape
     by_hidden = second.permute(2, 0, 1).reshape(num_blocks, block_hidden, -1)  # (p, j, O/G)
     left = _group_rows(by_hidden).permute(0, 2, 3, 1)  # (p, q, O/G, rounds)
     right = _group_rows(first).transpose(1, 2)  # (p, q, rounds, I/G)
-    grid = left @ right
-    grid = grid.permute(2, 1, 0, 3) if output_shuffle else grid.permute(1, 2, 0, 3)
-    return grid.reshape(second.shape[0] * second.shape[1], -1)
+    return left, right
 
 
 def num_rounds(num_blocks: int, block_hidden: int) -> int:

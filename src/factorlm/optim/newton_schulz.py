@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from factorlm.measure import has_fast_bf16
 
 Precision = Literal["auto", "bf16", "fp32"]
 """See ``working_dtype``."""
@@ -62,7 +63,7 @@ def working_dtype(matrix: Tensor, precision: Precision = "auto") -> torch.dtype:
     """
     if matrix.dtype == torch.float64:
         return torch.float64
-    fast = precision == "bf16" or (precision == "auto" and _has_fast_bf16(matrix.device.type))
+    fast = precision == "bf16" or (precision == "auto" and has_fast_bf16(matrix.device.type))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -77,12 +78,3 @@ def _frobenius_norm(batch: Tensor) -> Tensor:
     """() for one matrix, (n, 1, 1) for n."""
     # One matrix has a call of its own: its reduction is bit-equal to that of torch.optim.Muon.
     return batch.norm() if batch.ndim == 2 else batch.norm(dim=(-2, -1), keepdim=True)
-
-
-@cache
-def _has_fast_bf16(device_type: str) -> bool:
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return True

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from factorlm.records import EvalRecord, EventRecord, Record, RunRecord, StepRecord
+from factorlm.records import (
+    EvalRecord,
+    EventRecord,
+    MonitorRecord,
+    Record,
+    RunRecord,
+    StepRecord,
+)
 
 if TYPE_CHECKING:
     from factorlm.train.trainer import Trainer
@@ -25,8 +32,11 @@ class Callback:
     def on_eval(self, trainer: Trainer, record: EvalRecord) -> None:
         """After every evaluation."""
 
+    def on_monitor(self, trainer: Trainer, record: MonitorRecord) -> None:
+        """After every ``monitor.every_steps`` steps, if there are structured layers."""
+
     def on_event(self, trainer: Trainer, record: EventRecord) -> None:
-        """When the run is resumed, saved, interrupted, stopped or finished."""
+        """When the run is resumed, saved, interrupted, stopped or finished, or its loss spikes."""
 
     def on_end(self, trainer: Trainer) -> None:
         """When ``fit`` returns or raises."""
@@ -43,6 +53,9 @@ class RecordWriter(Callback):
         self._write(trainer, record)
 
     def on_eval(self, trainer: Trainer, record: EvalRecord) -> None:
+        self._write(trainer, record)
+
+    def on_monitor(self, trainer: Trainer, record: MonitorRecord) -> None:
         self._write(trainer, record)
 
     def on_event(self, trainer: Trainer, record: EventRecord) -> None:

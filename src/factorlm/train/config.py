@@ -221,6 +221,19 @@ class ParallelSection(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MonitorSection(Config):
+    """What is watched in the structured layers; it changes nothing that is learned."""
+
+    every_steps: int | None = 100
+    """Steps between records of norms and of the change of products; None: none. Loss spikes are
+    told in any case."""
+
+    def __post_init__(self) -> None:
+        every = self.every_steps
+        check(every is None or every >= 1, f"monitor.every_steps={every} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingSection(Config):
     """Where metrics go besides ``records.jsonl``."""
 
@@ -252,6 +265,7 @@ class TrainConfig(Config):
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    monitor: MonitorSection = field(default_factory=MonitorSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
 
     def __post_init__(self) -> None:
@@ -280,7 +294,8 @@ class TrainConfig(Config):
             return
         check(
             bool(self.structure),
-            f"guide.variant={guide.variant!r} needs a structure: a dense model has nothing to guide",
+            f"guide.variant={guide.variant!r} needs a structure: a dense model has nothing to "
+            "guide",
         )
         check(
             (guide.share is None) != (flops is None),

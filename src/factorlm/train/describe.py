@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ from factorlm.accounting import (
     training_flops,
 )
 from factorlm.optim import GuideSchedule
-from factorlm.surgery import SwapReport, SwapRow
+from factorlm.surgery import SwapReport, SwapRow, attach_guides_
 from factorlm.train.assemble import build_model
 from factorlm.train.config import GuideSection, TrainConfig
 from factorlm.train.parallelize import autocast_dtype
@@ -44,7 +44,7 @@ class Description:
     plan: StepPlan
     """The run's steps, and which of them are guided."""
     memory: MemoryEstimate
-    """Of one process that holds the whole model."""
+    """Of one process that holds the whole model, with the guides that a run begins with."""
     precision: str
     """What ``parallel.precision`` means on this machine: ``fp32`` or ``bf16``."""
     swaps: SwapReport | None
@@ -66,7 +66,7 @@ class Description:
         return _rows_per_forward(self.config)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON with stable keys and a unit in every name; see ``docs/reference/cli.md``."""
+        """Plain JSON with stable keys and a unit in every name: ``docs/reference/describe.md``."""
         return {
             "name": self.config.name,
             "architecture": self.architecture,
@@ -111,23 +111,18 @@ def group_swaps(report: SwapReport) -> list[SwapGroup]:
 def describe(config: TrainConfig) -> Description:
     """Build ``config``'s model on the meta device and count. Raises ``ConfigError``."""
     model, swaps = build_model(config)
-    seq_len = config.data.context_length
-    recompute = config.parallel.activation_checkpointing
-    precision = _precision(config)
+    params, plan = count_params(model), plan_steps(config, model)
+    forward = flops_per_token(model, config.data.context_length)
+    if plan.guide is not None:
+        attach_guides_(model)
     return Description(
         config=config,
         architecture=type(model).__name__,
-        params=count_params(model),
-        forward=flops_per_token(model, seq_len),
-        plan=plan_steps(config, model),
-        memory=estimate_memory(
-            model,
-            micro_batch=_rows_per_forward(config),
-            seq_len=seq_len,
-            precision="bf16" if precision == torch.bfloat16 else "fp32",
-            activation_checkpointing=recompute,
-        ),
-        precision="bf16" if precision == torch.bfloat16 else "fp32",
+        params=params,
+        forward=forward,
+        plan=plan,
+        memory=_memory(config, model),
+        precision=_precision(config),
         swaps=swaps,
     )
 
@@ -157,8 +152,16 @@ def plan_steps(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
         form=section.form,
         activation_checkpointing=config.parallel.activation_checkpointing,
     )
-    return plan_guided(
-        config.num_steps, step, guided_step, guide, budget=flops, count=budget.count
+    return plan_guided(config.num_steps, step, guided_step, guide, budget=flops, count=budget.count)
+
+
+def _memory(config: TrainConfig, model: PreTrainedModel) -> MemoryEstimate:
+    return estimate_memory(
+        model,
+        micro_batch=_rows_per_forward(config),
+        seq_len=config.data.context_length,
+        precision=_precision(config),
+        activation_checkpointing=config.parallel.activation_checkpointing,
     )
 
 
@@ -177,11 +180,12 @@ def _step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
     )
 
 
-def _precision(config: TrainConfig) -> torch.dtype:
+def _precision(config: TrainConfig) -> Literal["fp32", "bf16"]:
     name = config.parallel.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return autocast_dtype(config.parallel.precision, torch.device(name))
+    dtype = autocast_dtype(config.parallel.precision, torch.device(name))
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def _swaps(report: SwapReport) -> dict[str, Any]:

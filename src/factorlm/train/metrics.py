@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from factorlm.errors import ConfigError
 from factorlm.eval.loss import perplexity
 from factorlm.measure import matmul_flops_per_second
-from factorlm.records import EvalRecord, EventRecord, RunRecord, StepRecord
+from factorlm.records import EvalRecord, EventRecord, MonitorRecord, RunRecord, StepRecord
 from factorlm.train.callbacks import Callback
 from factorlm.train.config import TrackingSection
 
@@ -105,7 +105,7 @@ class ProgressBar(Callback):
 
     def on_event(self, trainer: Trainer, record: EventRecord) -> None:
         if record.event != "saved":
-            detail = ", ".join(f"{key} {value}" for key, value in record.detail.items())
+            detail = ", ".join(f"{key} {_short(value)}" for key, value in record.detail.items())
             self._print(f"step {record.step}  {record.event}" + (f": {detail}" if detail else ""))
 
     def on_end(self, trainer: Trainer) -> None:
@@ -128,7 +128,7 @@ class ProgressBar(Callback):
 
 
 class Tracker(Callback):
-    """Sends the numbers of steps and evaluations to ``log(values, step)``."""
+    """Sends the numbers of steps, evaluations and monitors to ``log(values, step)``."""
 
     def __init__(
         self, log: Callable[[dict[str, float], int], None], close: Callable[[], None]
@@ -144,6 +144,17 @@ class Tracker(Callback):
         names = ("loss", "perplexity", "bits_per_byte")
         values = {f"{record.source}/{name}": getattr(record, name) for name in names}
         self._log({k: v for k, v in values.items() if v is not None}, record.step)
+
+    def on_monitor(self, trainer: Trainer, record: MonitorRecord) -> None:
+        alpha = record.guide_alpha
+        values = {} if alpha is None else {"monitor/guide_alpha": alpha}
+        for name, layer in record.layers.items():
+            found = {f"norm_{factor}": norm for factor, norm in layer["factor_norms"].items()}
+            found["product_rms"] = layer["product_rms"]
+            found["change_rms"] = layer["change_rms"]
+            found["grad_norm"] = layer["grad_norm"]
+            values |= {f"monitor/{name}/{key}": value for key, value in found.items()}
+        self._log(values, record.step)
 
     def on_end(self, trainer: Trainer) -> None:
         self._close()
@@ -187,6 +198,11 @@ def _wandb(project: str, trainer: Trainer) -> Tracker:
         project=project, name=name, id=name, resume="allow", config=trainer.config.to_dict()
     )
     return Tracker(lambda values, step: run.log(values, step=step), run.finish)
+
+
+def _short(value: object) -> str:
+    """A number as a line wants it: four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _clock(seconds: float) -> str:

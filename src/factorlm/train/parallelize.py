@@ -20,6 +20,7 @@ from factorlm.config import check
 from factorlm.distributed import World
 from factorlm.hf import materialize_
 from factorlm.hf.loss import CausalLMLoss
+from factorlm.measure import has_fast_bf16
 from factorlm.surgery import guided_layers
 from factorlm.train.assemble import build_model
 from factorlm.train.config import ParallelSection, TrainConfig
@@ -116,12 +117,5 @@ def gradients_held(module: nn.Module, is_last: bool) -> AbstractContextManager[N
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of matmuls. ``auto``: bf16 where the processor computes in it, else float32."""
     if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
+        precision = "bf16" if has_fast_bf16(device.type) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether matmuls in bf16 run on instructions of their own."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from factorlm.distributed import World
 from factorlm.errors import ConfigError, FactorlmError
-from factorlm.records import RECORDS_FILE, EventRecord, RecordFile
+from factorlm.records import RECORDS_FILE, EventRecord, RecordFile, StepRecord
 from factorlm.storage import (
     atomic_folder,
     atomic_write_text,
@@ -41,6 +41,7 @@ from factorlm.train.state import RunState, full, model_tensors
 MAY_CHANGE = (
     "eval.",
     "checkpoint.",
+    "monitor.",
     "tracking.",
     "data.path",
     "data.source",
@@ -109,6 +110,13 @@ class RunFolder:
                 for record in self.records
             )
         return bool(world.from_main(finished))
+
+    def losses(self, world: World, last: int) -> list[float]:
+        """Of the ``last`` recorded steps, in order, on every process."""
+        found: list[float] = []
+        if world.is_main and self.records.path.exists():
+            found = [record.loss for record in self.records if isinstance(record, StepRecord)]
+        return list(world.from_main(found[-last:]))
 
     def newest_checkpoint(self, world: World) -> Path | None:
         """The newest good checkpoint; None where there is none."""

@@ -31,6 +31,14 @@ class RunState(Config):
     """Wall time of the steps."""
 
 
+def seed_step(seed: int, step: int, micro_batch: int) -> None:
+    """Seed dropout for one micro-batch, so that it depends on nothing that came before.
+
+    ``micro_batch`` counts over all processes: the draw does not depend on their number.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_batch)
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on the CPU; gathered from all processes if it is sharded."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -20,19 +20,21 @@ from factorlm.distributed import World, peers_watched
 from factorlm.errors import InterruptedRun, NumericError, StorageError
 from factorlm.eval.loss import EvalResult
 from factorlm.optim import build_optimizer, learning_rate_at
-from factorlm.records import EvalRecord, EventRecord, StepRecord
+from factorlm.records import EventRecord, StepRecord
 from factorlm.train.callbacks import Callback, RecordWriter
 from factorlm.train.checkpoint import checkpoint_step
 from factorlm.train.config import TrainConfig
 from factorlm.train.describe import describe
 from factorlm.train.facts import open_data, resume_facts, run_record
 from factorlm.train.metrics import trackers
+from factorlm.train.monitor import Monitor
 from factorlm.train.parallelize import autocast_dtype, gradients_held, parallelize_model
 from factorlm.train.run import RunFolder
 from factorlm.train.self_guided import Guidance
 from factorlm.train.signals import StopFlag
-from factorlm.train.state import RunState, non_finite_gradients
-from factorlm.train.validation import Validation
+from factorlm.train.spikes import WINDOW
+from factorlm.train.state import RunState, non_finite_gradients, seed_step
+from factorlm.train.validation import Validation, eval_record
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (a full disk, say) before the run stops."""
@@ -164,6 +166,13 @@ class Trainer:
             )
         if self.world.is_main:
             self.run.records.drop_after(self.state.step)
+        self._monitor = Monitor(
+            self.model,
+            self.config.monitor.every_steps,
+            self.world,
+            max_grad_norm=self._clip,
+            losses=self.run.losses(self.world, last=2 * WINDOW),
+        )
         self._spent = self.plan.spent(self.state.step)
         self._saved_at = time.monotonic()
 
@@ -198,6 +207,7 @@ class Trainer:
         loss_value, norm_value = self._agree(loss, norm)
         if not np.isfinite(loss_value) or not np.isfinite(norm_value):
             self._refuse_update(loss_value, norm_value)
+        self._monitor.before_update(step + 1, loss_value, norm_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._end_guidance(step + 1)
@@ -221,7 +231,12 @@ class Trainer:
             guide_alpha=alpha,
             guide_skipped=skipped,
         )
+        spike, monitored = self._monitor.after_update(alpha)
         self._call("on_step", record)
+        if spike is not None:
+            self._call("on_event", spike)
+        if monitored is not None:
+            self._call("on_monitor", monitored)
 
     def _spend(self, *, skipped: bool) -> TrainingFlops:
         """The FLOPs of the run with those of one more step."""
@@ -338,20 +353,8 @@ class Trainer:
             self._save_model("model-best")
             self.state = self.state.replace(best_loss=part.loss)
         for result in results:
-            self._call("on_eval", self._eval_record(result))
-
-    def _eval_record(self, result: EvalResult) -> EvalRecord:
-        return EvalRecord(
-            step=self.state.step,
-            num_tokens=self.state.num_tokens,
-            source="validation",
-            loss=result.loss,
-            perplexity=result.perplexity,
-            bits_per_byte=result.bits_per_byte,
-            num_eval_tokens=result.num_tokens,
-            seconds=result.seconds,
-            guided=self._guidance is not None,
-        )
+            record = eval_record(self.state, result, guided=self._guidance is not None)
+            self._call("on_eval", record)
 
     def _validation_loss(self, num_tokens: int | None) -> EvalResult | None:
         """Over the first ``num_tokens`` of the split; None if a signal came."""
@@ -391,11 +394,3 @@ class Trainer:
 
     def _event(self, event: str, **detail: object) -> None:
         self._call("on_event", EventRecord(event=event, step=self.state.step, detail=detail))
-
-
-def seed_step(seed: int, step: int, micro_batch: int) -> None:
-    """Seed dropout for one micro-batch, so that it depends on nothing that came before.
-
-    ``micro_batch`` counts over all processes: the draw does not depend on their number.
-    """
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_batch)

@@ -12,7 +12,9 @@ from factorlm.data import EvalBatch, EvalWindows, TokenDataset
 from factorlm.distributed import World
 from factorlm.eval.loss import EvalResult, evaluate_loss
 from factorlm.hf.loss import CausalLMLoss
+from factorlm.records import EvalRecord
 from factorlm.train.signals import StopFlag
+from factorlm.train.state import RunState
 
 
 class _Stopped(Exception):  # noqa: N818 - it reports a signal, not a fault
@@ -77,3 +79,18 @@ class Validation:
                 raise _Stopped
             yield batch
             self._on_progress(done + 1, count)
+
+
+def eval_record(state: RunState, result: EvalResult, *, guided: bool) -> EvalRecord:
+    """The record of ``result``, of the model as it is at ``state``."""
+    return EvalRecord(
+        step=state.step,
+        num_tokens=state.num_tokens,
+        source="validation",
+        loss=result.loss,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte,
+        num_eval_tokens=result.num_tokens,
+        seconds=result.seconds,
+        guided=guided,
+    )

@@ -38,6 +38,14 @@ class ForwardTests(StructureCases):
             expected = expected + layer.bias
         assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
+    def test_products_hold_every_entry_of_the_dense_weight(self, case: Case) -> None:
+        layer, other = build(case), build(case)
+        other.reset_parameters(generator=torch.Generator().manual_seed(2))
+        factors = [other.get_parameter(factor.name) for factor in other.factors]
+        left, right = layer.products(*factors)
+        found, expected = (left @ right).flatten(), other.to_dense().flatten()
+        assert_close(found.sort().values, expected.sort().values, rtol=1e-12, atol=1e-12)
+
     def test_forward_reads_any_strides(self, case: Case) -> None:
         layer = build(case)
         x = draw(case[1], 4, 6).permute(2, 1, 0)[::2]

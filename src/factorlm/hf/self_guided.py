@@ -1,0 +1,232 @@
+"""Self-guided training by the Hugging Face ``Trainer``: a callback that keeps the guides' time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, final, get_args
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
+
+from factorlm.config import check
+from factorlm.layers.self_guided import GuideForm
+from factorlm.optim.guidance import GuideKind, GuideSchedule, GuideVariant
+from factorlm.surgery import attach_guides_, detach_guides_, guided_layers, update_block
+from factorlm.surgery.block import GUIDED
+
+
+@final
+class SelfGuidedTraining(TrainerCallback, ExportableState):
+    """Trains with a dense guide beside every structured layer for a part of the steps
+    (arXiv 2407.09835, section 4)::
+
+        Trainer(model=model, args=args, train_dataset=data, callbacks=[SelfGuidedTraining()])
+
+    Guides are attached when the ``Trainer`` is made, so that its optimizer trains them, and are
+    gone after ``round(share * max_steps)`` optimizer steps, with their gradients and their
+    optimizer state. From then on, everything that is saved is an ordinary structured model. Until
+    then, the checkpoints hold the guides and are marked: they can be resumed, with this callback
+    and the same schedule, and bit-equal to a run that was not cut, but not opened as models.
+
+    If you make the optimizer yourself, call ``attach_guides_(model)`` first; ``form`` is then
+    what that call says. The same goes for guides that a ``model_init`` attaches.
+
+    Args:
+        share: of ``max_steps``, in (0, 1]: how long there are guides.
+        kind: ``GuideSchedule.kind``, how α goes from 1 to 0.
+        variant: ``GuideSchedule.variant``; in a step that ``stochastic`` leaves out, guides are
+            not updated, not decayed, and their optimizer state does not move.
+        form: ``SelfGuidedLinear``'s, how a guided pass is computed.
+        seed: of the choice of these steps, which is the same in all processes.
+
+    It runs on one device, and on several under DDP with ``ddp_find_unused_parameters`` (the
+    ``Trainer``'s default, except under gradient checkpointing). There, memory of the size of the
+    guides stays in DDP's communication buckets to the end.
+
+    Raises ``ConfigError`` for values out of range and, when training begins, for what it cannot
+    run with: ``load_best_model_at_end``, FSDP, DDP without that setting, an optimizer that does
+    not hold the guides, and a checkpoint of another schedule.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.5,
+        *,
+        kind: GuideKind = "cosine",
+        variant: GuideVariant = "stochastic",
+        form: GuideForm = "auto",
+        seed: int = 0,
+    ) -> None:
+        check(0 < share <= 1, f"share={share} must lie in (0, 1]")
+        check(form in get_args(GuideForm), f"form={form!r} must be one of {get_args(GuideForm)}")
+        self.share = share
+        self.form: GuideForm = form
+        self.schedule = GuideSchedule(num_steps=1, kind=kind, variant=variant, seed=seed)
+        """Its ``num_steps`` is known once training begins."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's ``trainer_state.json`` says of the callback."""
+        schedule = self.schedule.to_dict()
+        own = {key: schedule[key] for key in ("kind", "variant", "seed")}
+        arguments = {"share": self.share, "form": self.form} | own
+        return {"args": arguments, "attributes": {}, "schedule": schedule}
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: object,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        **others: object,
+    ) -> None:
+        """Attach the guides, where the user has not."""
+        if guided_layers(model):
+            return
+        check(
+            optimizer is None,
+            "the optimizer was made before there were guides: call attach_guides_(model), and make "
+            "the optimizer after that",
+        )
+        attach_guides_(model, form=self.form)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: object,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **others: object,
+    ) -> None:
+        """Settle the schedule, check what it needs, and start where the run is."""
+        _check_arguments(args, model)
+        num_steps = round(self.share * state.max_steps)
+        check(num_steps >= 1, f"share={self.share} of max_steps={state.max_steps} is not one step")
+        self.schedule = self.schedule.replace(num_steps=num_steps)
+        if state.global_step > 0:
+            _check_resumed(state, type(self).__name__, self.schedule)
+        if state.global_step >= num_steps:
+            _end(model, optimizer)
+            return
+        _check_attached(model, optimizer)
+        _allow_saving(model)
+        self._start_step(model, state.global_step)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: object,
+        *,
+        model: nn.Module,
+        **others: object,
+    ) -> None:
+        """Set α and whether the guides run, once for all batches of an optimizer step."""
+        self._start_step(model, state.global_step)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: object,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **others: object,
+    ) -> None:
+        """Take the guides off after their last step, before that step's evaluation and save."""
+        if state.global_step >= self.schedule.num_steps:
+            _end(model, optimizer)
+
+    def _start_step(self, model: nn.Module, step: int) -> None:
+        alpha, skipped = self.schedule.alpha_at(step), not self.schedule.is_guided(step)
+        for layer in guided_layers(model).values():
+            layer.set_alpha(alpha, skipped=skipped)
+
+
+def _end(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Take the guides off; their weights stay in the optimizer's groups, empty.
+
+    So the sizes of the groups, which an optimizer's file has to fit when a run is resumed, are the
+    same with and without guides.
+    """
+    for weight in detach_guides_(model):
+        optimizer.state.pop(weight, None)
+        weight.grad = None
+        weight.data = weight.data.new_empty(0)
+
+
+def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    check(
+        not args.load_best_model_at_end,
+        "load_best_model_at_end=True might load a checkpoint from while there were guides: open "
+        "the checkpoint that you choose with factorlm.load",
+    )
+    check(
+        not isinstance(model, FSDPModule | FullyShardedDataParallel),
+        "SelfGuidedTraining does not run under the Trainer's FSDP: use DDP, or `factorlm train`",
+    )
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        return
+    finds = args.ddp_find_unused_parameters
+    if finds is None:
+        finds = not args.gradient_checkpointing
+    check(
+        finds and not args.ddp_static_graph,
+        "ddp_find_unused_parameters must be True and ddp_static_graph must not: a step without "
+        "the guides gives them no gradient",
+    )
+
+
+def _check_resumed(state: TrainerState, name: str, schedule: GuideSchedule) -> None:
+    """Raise ``ConfigError`` unless the resumed checkpoint comes from a run on ``schedule``."""
+    saved = state.stateful_callbacks.get(name)
+    check(isinstance(saved, Mapping), f"the checkpoint is not of one run with {name}")
+    for field, value in schedule.to_dict().items():
+        old = saved["schedule"][field]
+        hint = " (share x max_steps)" if field == "num_steps" else ""
+        check(
+            old == value,
+            f"{field}={value!r}{hint} of {name} differs from the checkpoint's {field}={old!r}",
+        )
+
+
+def _check_attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ``ConfigError`` unless there are guides and ``optimizer`` trains them all."""
+    layers = guided_layers(model)
+    check(
+        bool(layers),
+        "the model has no guides: give SelfGuidedTraining to a new Trainer(callbacks=[...]); a "
+        "model_init has to call attach_guides_ itself",
+    )
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for name, layer in layers.items():
+        check(
+            id(layer.guide.weight) in held,
+            f"{name}.guide.weight is in no group of the optimizer: make it after attach_guides_",
+        )
+
+
+def _allow_saving(model: nn.Module) -> None:
+    """Put ``_save_guided`` in the place of the ``save_pretrained`` that refuses."""
+    if isinstance(model, PreTrainedModel):
+        model.__dict__["save_pretrained"] = partial(_save_guided, model)
+
+
+def _save_guided(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """``save_pretrained`` with the guides, into a folder that says that it has them."""
+    update_block(model)
+    block = model.config.quantization_config
+    model.config.quantization_config = block | {GUIDED: True}
+    try:
+        type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        model.config.quantization_config = block
