@@ -53,9 +53,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     def passes() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=has_fast_bf16(device.type)
-        ):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_fast_bf16(device.type)):
             total = loss(ids, ids)
         total.backward()
 

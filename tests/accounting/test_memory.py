@@ -11,6 +11,7 @@ from factorlm.errors import ConfigError
 from factorlm.hf import build_causal_lm
 from factorlm.layers import BlockDenseConfig, BlockShuffleConfig, LowRankConfig
 from factorlm.ops.cross_entropy import CHUNK_ELEMENTS
+from factorlm.surgery import attach_guides_
 from factorlm.testing.models import tiny_model
 
 BATCH, LENGTH = 2, 37
@@ -82,8 +83,11 @@ def test_activation_checkpointing_keeps_layer_inputs_and_one_layer():
     assert recomputed(1) == estimated("gpt_tiny", 1, "fp32") + inputs
 
 
-def test_weights_gradients_and_moments_are_what_torch_holds():
+@pytest.mark.parametrize("guided", [False, True])
+def test_weights_gradients_and_moments_are_what_torch_holds(guided):
     model = build("gpt_tiny", 2, structure=LowRankConfig(rank=24))
+    if guided:
+        attach_guides_(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(101, (1, 5))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -93,6 +97,29 @@ def test_weights_gradients_and_moments_are_what_torch_holds():
     assert memory.weights_bytes == sum(p.nbytes for p in model.parameters())
     assert memory.gradients_bytes == sum(p.grad.nbytes for p in model.parameters())
     assert memory.optimizer_bytes == sum(t.nbytes for t in moments)
+
+
+@pytest.mark.parametrize("form", ["merged", "two_path"])
+def test_a_half_precision_guide_is_kept_once_for_backward(form):
+    """Two linears of the second layer have one, (512, 128) and (128, 512)."""
+    model = build("gpt_tiny", 2, structure=LowRankConfig(rank=24))
+    alone = estimate_memory(model, micro_batch=BATCH, seq_len=LENGTH, precision="bf16")
+    attach_guides_(model, form=form)
+    memory = estimate_memory(model, micro_batch=BATCH, seq_len=LENGTH, precision="bf16")
+    layer = model.get_submodule("model.layers.1.mlp.c_fc")
+    kept = {}
+
+    def pack(tensor):
+        if {*tensor.shape} == {512, 128} and tensor.dtype == torch.bfloat16:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(BATCH, LENGTH, 128, requires_grad=True)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    (copy,) = kept.values()
+    assert memory.autocast_bytes - alone.autocast_bytes == 2 * copy.nbytes
+    assert memory.activations_bytes == alone.activations_bytes
 
 
 def test_the_cache_holds_keys_and_values_in_the_matmul_dtype():

@@ -103,6 +103,31 @@ def test_the_table_shows_the_same_numbers(capsys):
         assert number in text, number
 
 
+def test_a_guided_run_says_which_steps_are_guided_and_replayed(capsys):
+    run(PAPERS / "s_low_rank_32_guided.yaml", "--json")
+    values = json.loads(capsys.readouterr().out)
+    steps = [values[f"num_{name}steps"] for name in ("", "original_", "guide_")]
+    assert steps == [5458, 4196, 1262]
+    assert values["num_tokens"] == 5458 * 512 * 1024
+    assert values["executed_training_flops"] < values["training_flops"], "guides are merged"
+    run(PAPERS / "s_low_rank_32_guided.yaml")
+    rows = [re.split(r"\s*[│┃]\s*", line) for line in capsys.readouterr().out.splitlines()]
+    shown = {row[1]: row[2] for row in rows if len(row) == 4}
+    assert (shown["steps"], shown["with a guide"]) == ("5,458", "1,262")
+    assert shown["on tokens seen before"] == "1,262"
+
+
+@pytest.mark.parametrize("recipe", ["s_low_rank_32", "s_low_rank_32_control"])
+def test_a_run_without_a_guide_has_no_row_of_guided_steps(recipe, capsys):
+    run(PAPERS / f"{recipe}.yaml")
+    text = capsys.readouterr().out
+    assert "with a guide" not in text
+    assert "seen before" not in text
+    run(PAPERS / f"{recipe}.yaml", "--json")
+    values = json.loads(capsys.readouterr().out)
+    assert (values["num_original_steps"], values["num_guide_steps"]) == (4196, 0)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -71,7 +71,7 @@ def test_products_give_the_size_of_the_weight_and_of_its_change(
     config: StructureConfig, sizes: tuple[int, int]
 ) -> None:
     layer = config.build(*sizes, dtype=torch.float64)
-    old, before = factors_of(layer), layer.weight
+    old, before = factors_of(layer), layer.weight.clone()
     with torch.no_grad():
         for seed, factor in enumerate(layer.factors):
             layer.get_parameter(factor.name).add_(draw(*factor.shape, seed=seed), alpha=0.3)

@@ -22,9 +22,14 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def three_groups() -> FactorOptimizer:
-    """A pair of block factors, two matrices, two vectors; each group by another rule."""
-    shapes = {"spectron": [(2, 3, 4), (2, 5, 3)], "muon": [(4, 6), (2, 5, 3)], "adamw": [(4,), ()]}
+def all_rules() -> FactorOptimizer:
+    """Pairs of factors, of blocks and plain, matrices, vectors; each group by another rule."""
+    shapes = {
+        "spectron": [(2, 3, 4), (2, 5, 3)],
+        "lora_muon": [(3, 4), (5, 3)],
+        "muon": [(4, 6), (2, 5, 3)],
+        "adamw": [(4,), ()],
+    }
     groups = [
         {
             "params": [nn.Parameter(draw(shape, 7 + i)) for i, shape in enumerate(found)],
@@ -58,7 +63,7 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.fixture
 def trained() -> list[Tensor]:
     """What six steps in one go give."""
-    optimizer = three_groups()
+    optimizer = all_rules()
     train(optimizer, range(6))
     return values(optimizer)
 
@@ -70,7 +75,7 @@ def copy_values(source: FactorOptimizer, target: FactorOptimizer) -> None:
 
 
 def test_a_saved_state_dict_goes_on_bit_equally(trained: list[Tensor]) -> None:
-    first, second = three_groups(), three_groups()
+    first, second = all_rules(), all_rules()
     train(first, range(3))
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
@@ -82,7 +87,7 @@ def test_a_saved_state_dict_goes_on_bit_equally(trained: list[Tensor]) -> None:
 
 
 def test_the_tensors_of_a_checkpoint_go_on_bit_equally(trained: list[Tensor]) -> None:
-    first, second = three_groups(), three_groups()
+    first, second = all_rules(), all_rules()
     train(first, range(3))
     tensors = {name: full(tensor).clone() for name, tensor in optimizer_tensors(first)}
     assert {name.split("|")[1] for name in tensors if name.startswith("spectron.0")} == {
@@ -97,7 +102,7 @@ def test_the_tensors_of_a_checkpoint_go_on_bit_equally(trained: list[Tensor]) ->
 
 def test_a_bf16_model_goes_on_bit_equally() -> None:
     """PyTorch loads state in the dtype of its parameter."""
-    first = three_groups()
+    first = all_rules()
     for parameter in parameters(first):
         parameter.data = parameter.data.bfloat16()
     train_bf16(first, range(2))
@@ -118,7 +123,7 @@ def train_bf16(optimizer: FactorOptimizer, steps: range) -> None:
 
 
 def test_without_a_gradient_nothing_moves_nor_is_remembered() -> None:
-    optimizer = three_groups()
+    optimizer = all_rules()
     before = values(optimizer)
     optimizer.step()
     assert_equal(values(optimizer), before)
@@ -144,7 +149,7 @@ class NoSync(TorchDispatchMode):
 
 
 def test_no_step_waits_for_the_device() -> None:
-    optimizer = three_groups()
+    optimizer = all_rules()
     train(optimizer, range(1))
     with NoSync(), pytest.raises(AssertionError):
         torch.zeros(()).item()
@@ -169,10 +174,11 @@ def test_matrices_reach_the_minimum_of_a_quadratic(rule: str, shape: tuple[int, 
     assert float(loss.detach()) < 1e-4 * float(target.square().sum())
 
 
-def test_pairs_reach_the_minimum_of_a_quadratic_of_their_product() -> None:
+@pytest.mark.parametrize("rule", ["spectron", "lora_muon"])
+def test_pairs_reach_the_minimum_of_a_quadratic_of_their_product(rule: str) -> None:
     target = draw((10, 3), 1) @ draw((3, 8), 2)
     V, U = nn.Parameter(draw((3, 8), 3) / 3), nn.Parameter(draw((10, 3), 4) / 3)
-    group = {"params": [V, U], "rule": "spectron", "weight_decay": 0.0}
+    group = {"params": [V, U], "rule": rule, "weight_decay": 0.0}
     optimizer = FactorOptimizer([group], lr=1.0)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / 300)
     for _ in range(300):

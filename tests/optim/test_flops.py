@@ -44,6 +44,13 @@ def test_a_step_takes_what_pytorch_counts(structure: StructureConfig | None, kin
     assert (wanted == 0) == (kind == "adamw")
 
 
+def test_a_step_of_lora_muon_takes_what_pytorch_counts() -> None:
+    """It serves plain pairs only."""
+    model = tiny_model("llama")
+    factorize_(model, LowRankConfig(rank=8))
+    assert optimizer_flops(model, "lora_muon") == counted(model, "lora_muon")
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon", "spectron"])
 def test_guides_are_left_out_and_counted_on_their_own(kind: str) -> None:
     model = tiny_model("llama")

@@ -28,6 +28,7 @@ PAIRS += [((3, 2, 4), 0), ((8, 6), 0)]  # block_dense
 CASES: dict[str, Cases] = {
     "muon": MATRICES + BLOCKS,
     "spectron": PAIRS,
+    "lora_muon": PAIRS[:2],
     "adamw": [((5,), 0), ((6, 3), 0)],
 }
 """Rule -> the shape and the sharded dimension of each parameter; not all can be halved."""

@@ -308,7 +308,7 @@ def test_bad_sections(tiny_values: MakeValues, sections: dict[str, Any], message
 
 @pytest.mark.parametrize(
     ("num_guide_steps", "message"),
-    [(0.4, "leaves nothing for a guide"), (20.2, "would guide 1.01 times the original steps")],
+    [(0.4, "leaves nothing for a guide"), (21, "would guide 1.05 times the original steps")],
 )
 def test_budgets_that_do_not_fit(
     tiny_values: MakeValues, num_guide_steps: float, message: str

@@ -18,6 +18,9 @@ examples:
   factorlm train recipes/demo_dense.yaml --name wider --model.overrides.intermediate_size 768
   factorlm train recipes/gpt_s_low_rank_32_2B.yaml --dry-run
   factorlm train recipes/demo_dense.yaml --name b --model.preset null --model.init_from runs/a
+  factorlm train recipes/quality/low_rank_32.yaml --optimizer.kind spectron --name spectron
+  factorlm train recipes/quality/low_rank_32_guided.yaml
+  factorlm train recipes/quality/low_rank_32_guided.yaml --guide.variant none --name control
   torchrun --nproc-per-node 8 -m factorlm train recipes/papers/s_low_rank_32.yaml
 
 The same command again resumes the run, bit for bit; a changed field is refused (exit code 3).

@@ -5,6 +5,7 @@ from factorlm.optim.build import build_optimizer
 from factorlm.optim.factor_optimizer import FactorOptimizer
 from factorlm.optim.flops import guide_optimizer_flops, optimizer_flops
 from factorlm.optim.guidance import GuideSchedule
+from factorlm.optim.lora_muon import LoraMuonRule
 from factorlm.optim.muon import MuonRule
 from factorlm.optim.newton_schulz import newton_schulz
 from factorlm.optim.release import release_
@@ -17,6 +18,7 @@ __all__ = [
     "AdamWRule",
     "FactorOptimizer",
     "GuideSchedule",
+    "LoraMuonRule",
     "MuonRule",
     "Rule",
     "SpectronRule",

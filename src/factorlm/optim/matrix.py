@@ -7,7 +7,7 @@ only to be orthogonalised, which every process does alike, and each keeps its pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 from torch import Tensor, zeros_like
@@ -26,20 +26,23 @@ MATRIX_OPTIONS: dict[str, Any] = {
 momentum; the dtype of Newton-Schulz (``working_dtype``); how sizes scale the rate."""
 
 
-def orthogonal_momentum(parameter: Tensor, state: dict[str, Tensor], group: Group) -> Tensor:
-    """Add the gradient to the momentum, and return the whole Nesterov momentum, orthogonalised.
-
-    B ← μ B + (1 - μ) g, then ``newton_schulz`` of (1 - μ) g + μ B, as in ``torch.optim.Muon``; in
-    the ``working_dtype`` of the group's ``precision``.
-    """
-    momentum, precision = group["momentum"], group["precision"]
-    gradient = parameter.grad
+def nesterov_momentum(parameter: Tensor, state: dict[str, Tensor], group: Group) -> Tensor:
+    """Add the gradient to the momentum: B ← μ B + (1 - μ) g; then (1 - μ) g + μ B, sharded as the
+    parameter is. As in ``torch.optim.Muon``."""
+    momentum, gradient = group["momentum"], parameter.grad
     assert gradient is not None
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = zeros_like(parameter)
     buffer = state["momentum_buffer"]
     buffer.lerp_(gradient, 1 - momentum)
-    ahead = gradient.lerp(buffer, momentum)
+    return gradient.lerp(buffer, momentum)
+
+
+def orthogonal_momentum(parameter: Tensor, state: dict[str, Tensor], group: Group) -> Tensor:
+    """The whole ``nesterov_momentum``, orthogonalised in the ``working_dtype`` of the group's
+    ``precision``."""
+    precision = group["precision"]
+    ahead = nesterov_momentum(parameter, state, group)
     # Processes exchange no more than what is read.
     narrow = ahead.to(working_dtype(ahead, precision))
     return newton_schulz(whole(narrow), precision=precision)
@@ -78,3 +81,36 @@ def check_matrices(rule: Rule, group: Group) -> None:
     rule.check(0 <= momentum < 1, "momentum", momentum, "must lie in [0, 1)")
     known = get_args(Precision)
     rule.check(precision in known, "precision", precision, f"must be one of {known}")
+
+
+def pairs(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """[first, second, first, second, ...] two by two."""
+    return zip(parameters[::2], parameters[1::2], strict=True)
+
+
+def pair_limit(rate: float, adjust_lr_fn: str | None, pair: tuple[Tensor, Tensor]) -> float:
+    """η, how far a product moves in spectral norm: ``rate``, or with ``match_rms_adamw`` what
+    ``rms_of_adamw`` makes of it by the sizes of the product."""
+    if adjust_lr_fn is None:
+        return rate
+    first, second = pair
+    return rms_of_adamw(rate, (_widths(first.shape)[0], _widths(second.shape)[1]))
+
+
+def check_pairs(rule: Rule, group: Group) -> None:
+    """Refuse what is not in pairs that can be multiplied, and an unknown ``adjust_lr_fn``."""
+    adjust, known = group["adjust_lr_fn"], "must be 'match_rms_adamw' or None"
+    rule.check(adjust in ("match_rms_adamw", None), "adjust_lr_fn", adjust, known)
+    number = len(group["params"])
+    rule.check(number % 2 == 0, "len(params)", number, "must be even: factors come in pairs")
+    for pair in pairs(group["params"]):
+        (_, between), (read, _) = (_widths(factor.shape) for factor in pair)
+        shapes = [tuple(factor.shape) for factor in pair]
+        text = f"must be a pair in order of application; {between} outputs meet {read} inputs"
+        rule.check(between == read, "shapes", shapes, text)
+
+
+def _widths(shape: Sequence[int]) -> tuple[int, int]:
+    """(inputs, outputs) of all blocks."""
+    num_blocks = math.prod(shape[:-2])
+    return num_blocks * shape[-1], num_blocks * shape[-2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor
@@ -12,8 +12,10 @@ from factorlm.layers.projection import wide
 from factorlm.optim.matrix import (
     MATRIX_OPTIONS,
     check_matrices,
+    check_pairs,
     orthogonal_momentum,
-    rms_of_adamw,
+    pair_limit,
+    pairs,
     subtract_,
     whole,
 )
@@ -40,30 +42,16 @@ class SpectronRule(Rule):
     def check_group(self, group: Group) -> None:
         """Matrices in pairs that can be multiplied, a momentum in [0, 1), an ``adjust_lr_fn``."""
         check_matrices(self, group)
-        adjust = group["adjust_lr_fn"]
-        self.check(
-            adjust in ("match_rms_adamw", None),
-            "adjust_lr_fn",
-            adjust,
-            "must be 'match_rms_adamw' or None",
-        )
-        parameters = group["params"]
-        number = len(parameters)
-        self.check(number % 2 == 0, "len(params)", number, "must be even: factors come in pairs")
-        for pair in _pairs(parameters):
-            (_, between), (read, _) = (_sizes(factor.shape) for factor in pair)
-            shapes = [tuple(factor.shape) for factor in pair]
-            rule = f"must be a pair in order of application; {between} outputs meet {read} inputs"
-            self.check(between == read, "shapes", shapes, rule)
+        check_pairs(self, group)
 
     def update(self, group: Group, state: State) -> None:
         """One step of every pair that has both gradients."""
         decay = group["lr"] * group["weight_decay"]
-        for pair in _pairs(group["params"]):
+        for pair in pairs(group["params"]):
             if any(factor.grad is None for factor in pair):
                 continue
             norms = [spectral_norm(factor, state[factor]) for factor in pair]
-            limit = _limit(group["lr"], group["adjust_lr_fn"], pair)
+            limit = pair_limit(group["lr"], group["adjust_lr_fn"], pair)
             rate = bounded_rate(limit, *norms) / LARGEST_SINGULAR_VALUE
             for factor in pair:
                 direction = orthogonal_momentum(factor, state[factor], group)
@@ -97,24 +85,6 @@ def spectral_norm(factor: Tensor, state: dict[str, Tensor]) -> Tensor:
         norms, vectors = power_steps(matrix, start_vectors(matrix), START_STEPS)
     state["right_vectors"] = vectors.to(factor.dtype)  # the dtype in which PyTorch loads state
     return norms.amax()
-
-
-def _pairs(parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(parameters[::2], parameters[1::2], strict=True)
-
-
-def _sizes(shape: Sequence[int]) -> tuple[int, int]:
-    """(inputs, outputs) of all blocks."""
-    num_blocks = math.prod(shape[:-2])
-    return num_blocks * shape[-1], num_blocks * shape[-2]
-
-
-def _limit(rate: float, adjust_lr_fn: str | None, pair: tuple[Tensor, Tensor]) -> float:
-    """η."""
-    if adjust_lr_fn is None:
-        return rate
-    first, second = pair
-    return rms_of_adamw(rate, (_sizes(first.shape)[0], _sizes(second.shape)[1]))
 
 
 RULES.register(SpectronRule.name)(SpectronRule())

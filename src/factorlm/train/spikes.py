@@ -5,10 +5,11 @@ A guard that only tells: nothing here changes what is learned.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -26,6 +27,8 @@ MIN_HISTORY = 32
 """So many at least."""
 SIGMAS = 6.0
 """Standard deviations over their mean that make a spike."""
+WEIGHT_JUMP = 2.0
+"""Growth of a module's weights that training does not bring about in ``WINDOW`` steps."""
 SAMPLE_STEPS = 16
 """Steps between samples of the modules' norms."""
 
@@ -112,9 +115,9 @@ class ModuleNorms:
 class SpikeGuard:
     """Watches the losses of a run, and names the module in which a spike shows most.
 
-    That is the module whose gradient norm times weight norm has grown most, relative to its own
-    median over the last samples. The gradient alone cannot tell two layers in a row apart: it grows
-    in both if one of them grows.
+    That is the module whose weights' norm has grown most, if it is ``WEIGHT_JUMP`` times its median
+    over the last samples; else the one whose gradient's norm has. The gradient alone cannot tell
+    two layers in a row apart: if the weights of one grow, the gradients of both do.
     """
 
     def __init__(self, world: World, losses: Iterable[float] = ()) -> None:
@@ -135,28 +138,29 @@ class SpikeGuard:
         self._samples.append(norms)
 
     def detail(self, spike: Spike, norms: ModuleNorms) -> dict[str, float | str]:
-        """What to say of ``spike`` in whose step the norms are ``norms``. Every process has to
+        """What to say of ``spike``, in whose step the norms are ``norms``. Every process has to
         call. Without a sample no ``layer`` is named."""
-        said: dict[str, float | str] = {
-            "loss": spike.loss,
-            "mean": spike.mean,
-            "sigma": spike.sigma,
-        }
-        now = _products(norms.by_module(self._world))
-        past = [_products(sample.by_module(self._world)) for sample in self._samples]
-        growth = {}
-        for name, value in now.items():
-            usual = statistics.median([known[name] for known in past if name in known] or [0.0])
-            if usual > 0:
-                growth[name] = value / usual
+        said: dict[str, float | str] = dataclasses.asdict(spike)
+        growth = self._growth(norms)
         if growth:
-            said["layer"] = max(growth, key=growth.__getitem__)
-            said["growth"] = max(growth.values())
+            by_weights = max(growth, key=lambda name: growth[name][1])
+            by_gradient = max(growth, key=lambda name: growth[name][0])
+            jumped = growth[by_weights][1] >= WEIGHT_JUMP
+            name = said["layer"] = by_weights if jumped else by_gradient
+            said["grad_growth"], said["weight_growth"] = growth[name]
         return said
 
-
-def _products(norms: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    return {name: math.prod(pair) for name, pair in norms.items()}
+    def _growth(self, norms: ModuleNorms) -> dict[str, tuple[float, float]]:
+        """Of gradient and weights of each module, relative to the medians of the samples."""
+        now = norms.by_module(self._world)
+        past = [sample.by_module(self._world) for sample in self._samples]
+        growth: dict[str, tuple[float, float]] = {}
+        for name, (grad, weight) in now.items():
+            known = [norms_then[name] for norms_then in past if name in norms_then]
+            usual = [statistics.median(values) for values in zip(*known, strict=True)]
+            if usual and min(usual) > 0:
+                growth[name] = (grad / usual[0], weight / usual[1])
+        return growth
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Milliseconds of a training step of every row of reports/quality, timed alone and alternating.
+
+What the runs of the queue took says nothing, since two of them and other work share the machine.
+This times whole steps of the Trainer, rows taking turns, on one thread, with nothing beside it:
+
+    python benchmarks/quality_steps.py --output reports/quality/steps.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from _publish import publish
+from quality import Plan, Run, load_losses, load_plan
+
+from factorlm.measure import environment
+from factorlm.records import RecordFile, StepRecord
+from factorlm.train import TrainConfig
+from factorlm.train.trainer import Trainer
+
+WARM_UP = 2
+STEPS = 6
+
+
+def configs() -> dict[str, TrainConfig]:
+    """Row, and ``<row> guided`` where it has a point G, as runs of a few steps."""
+    values = load_plan()
+    found: dict[str, TrainConfig] = {}
+    for run in Plan(values, load_losses()).runs():
+        row, _, point = run.name.removesuffix("-s0").rpartition("-")
+        if run.name.endswith("-s0"):
+            found[f"{row} guided" if point == "G" else row] = few_steps(run, values["recipes"])
+    return found
+
+
+def few_steps(run: Run, recipes: str) -> TrainConfig:
+    plain: dict[str, Any] = run.config(recipes).to_dict()
+    plain["batch"] |= {"num_steps": WARM_UP + STEPS, "num_tokens": None}
+    plain["budget"]["flops"] = None
+    if plain["guide"]["variant"] != "none":
+        plain["guide"]["share"] = 1.0
+    plain["eval"] = {"every_steps": None, "num_tokens": 1, "final_num_tokens": 1}
+    return TrainConfig.from_dict(plain)
+
+
+def step_ms(config: TrainConfig) -> float:
+    """Median over the steps after the first ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, runs_dir=folder)
+        trainer.fit()
+        steps = [r for r in RecordFile(trainer.run.records.path) if isinstance(r, StepRecord)]
+    return statistics.median(step.step_ms for step in steps[WARM_UP:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="append the result as one line of JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = configs()
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(args.rounds):
+        for name, config in rows.items():
+            found[name].append(round(step_ms(config), 2))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    result = {
+        "benchmark": "quality_steps",
+        "environment": environment(torch.device("cpu")),
+        "step_ms": found,
+        "median_step_ms": medians,
+    }
+    publish(result, args.output)
+
+
+if __name__ == "__main__":
+    main()
