@@ -5,13 +5,27 @@ from pathlib import Path
 import pytest
 
 from factorlm.errors import DataError
-from factorlm.records import EventRecord, RecordFile, StepRecord
+from factorlm.records import (
+    LOSS_SPIKE,
+    EventRecord,
+    LayerValues,
+    MonitorRecord,
+    RecordFile,
+    StepRecord,
+)
 
 
 def step(number: int) -> StepRecord:
     return StepRecord(
         step=number, num_tokens=number, loss=1.5, learning_rate=0.1, grad_norm=1.0, step_ms=2.0
     )
+
+
+def monitor(number: int) -> MonitorRecord:
+    values = LayerValues(
+        factor_norms={"V": 1.0, "U": float("inf")}, product_rms=0.5, change_rms=0.1, grad_norm=2.0
+    )
+    return MonitorRecord(step=number, guide_alpha=0.5, layers={"a.b": values})
 
 
 @pytest.fixture
@@ -21,6 +35,7 @@ def records(tmp_path: Path) -> RecordFile:
 
 def test_round_trip(records: RecordFile) -> None:
     written = [step(1), EventRecord(event="größer", step=1, detail={"a": [1, None]}), step(2)]
+    written.append(monitor(2))
     for record in written:
         records.append(record)
     assert list(records) == written
@@ -65,9 +80,11 @@ def test_damaged_line_is_named(records: RecordFile, line: bytes) -> None:
 
 
 def test_drop_after_keeps_what_is_not_done_again(records: RecordFile) -> None:
-    for record in (step(1), EventRecord(event="saved", step=1), step(2), step(3)):
+    kept = [step(1), monitor(1), EventRecord(event=LOSS_SPIKE, step=1)]
+    kept.append(EventRecord(event="save failed", step=2))
+    for record in (*kept, step(2), monitor(2), EventRecord(event=LOSS_SPIKE, step=2), step(3)):
         records.append(record)
     records.path.open("ab").write(b'{"type": "step", "fo')
     records.drop_after(1)
     records.append(step(2))
-    assert list(records) == [step(1), EventRecord(event="saved", step=1), step(2)]
+    assert list(records) == [*kept, step(2)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from factorlm.cli.main import main
+from factorlm.records import LayerValues, MonitorRecord, RecordFile
 
 BLOCKED = """
 import sys
@@ -70,6 +71,18 @@ def test_without_matplotlib_the_table_still_comes(
     assert "perplexity (best)" in out
     assert "no curves: pictures need matplotlib: pip install 'factorlm[plots]'" in err
     assert main(["compare", *runs, "--plot", "curves.png"]) == 3
+
+
+def test_monitors_have_a_picture_beside_that_of_the_losses(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = LayerValues(factor_norms={"V": 1.0}, product_rms=1.0, change_rms=0.1, grad_norm=1.0)
+    record = MonitorRecord(step=2, guide_alpha=None, layers={"model.layers.1.c_fc": values})
+    RecordFile(Path(runs[1]) / "records.jsonl").append(record)
+    assert main(["compare", *runs, "--plot", str(tmp_path / "x.png")]) == 0
+    beside = tmp_path / "x_monitors.png"
+    assert f"monitors: {beside}" in capsys.readouterr().err
+    assert beside.read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_plot(runs: list[str]) -> None:

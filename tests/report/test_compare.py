@@ -9,9 +9,11 @@ import pytest
 
 from factorlm.errors import DataError
 from factorlm.records import (
+    LOSS_SPIKE,
     EvalRecord,
     EventRecord,
     GenerationRecord,
+    MonitorRecord,
     RecordFile,
     RunRecord,
     StepRecord,
@@ -200,6 +202,23 @@ def test_other_data_is_noted(tmp_path: Path) -> None:
         read_run(write_run(tmp_path / "b", data={"path": "two", "context_length": 8})),
     ]
     assert comparison_notes(runs) == ["data.path differs: one, two"]
+
+
+def test_monitors_and_loss_spikes_are_read_and_spikes_noted(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    for number, folder in enumerate(folders):
+        records = RecordFile(folder / "records.jsonl")
+        for step in range(1, 5 * number + 1):
+            detail = {"layer": "model.norm"} if step == 1 else {}
+            records.append(EventRecord(event=LOSS_SPIKE, step=step, detail=detail))
+            records.append(MonitorRecord(step=step, guide_alpha=None, layers={}))
+    runs = [read_run(folder) for folder in folders]
+    assert [len(run.monitors) for run in runs] == [0, 5, 10]
+    assert [event.step for event in runs[1].spikes] == [1, 2, 3, 4, 5]
+    assert comparison_notes(runs) == [
+        "b: loss spikes at step 1 (model.norm), step 2, step 3, step 4, 1 more",
+        "c: loss spikes at step 1 (model.norm), step 2, step 3, step 4, 6 more",
+    ]
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:

@@ -101,6 +101,17 @@ class TestKronecker(StructuredLinearContract):
         return float((np.linalg.svd(np.stack(rows), compute_uv=False)[1:] ** 2).sum())
 
 
+class LosesEntries(KroneckerBase):
+    def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = super().products(*factors)
+        return left[1:], right[1:]
+
+
+class IgnoresGivenFactors(KroneckerBase):
+    def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        return super().products(self.B, self.A)
+
+
 class Swapped(KroneckerBase):
     def to_dense(self) -> Tensor:
         return torch.kron(self.A.flip(0), self.B)
@@ -172,6 +183,8 @@ class IgnoresGenerator(KroneckerBase):
     ("layer", "test", "arguments"),
     [
         (Swapped, "test_forward_is_the_dense_product", {"leading": (2, 3), "bias": True}),
+        (LosesEntries, "test_products_hold_every_entry_of_the_dense_weight", {}),
+        (IgnoresGivenFactors, "test_products_hold_every_entry_of_the_dense_weight", {}),
         (ForgetsBias, "test_forward_is_the_dense_product", {"leading": (), "bias": True}),
         (DetachedFactor, "test_gradients_are_those_of_the_dense_path", {"tokens": 5}),
         (DetachedDense, "test_gradcheck", {}),

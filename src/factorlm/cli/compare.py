@@ -15,10 +15,12 @@ from factorlm.errors import ConfigError
 if TYPE_CHECKING:
     from factorlm.report import RunSummary
 
-HELP = "compare training runs: a table, and their loss curves as a picture"
+HELP = "compare training runs: a table, their loss curves and what was monitored as pictures"
 EPILOG = """\
 Reads records only, so it works while a run is going on, without PyTorch, and on copies of
-records.jsonl. Columns after the first run say what a run is relative to the first.
+records.jsonl. Columns after the first run say what a run is relative to the first. Beside the
+picture of the losses, curves.png, curves_monitors.png shows what was monitored in structured
+layers: spectral norms of factors, how much each step changes their product, the guide's share.
 
 examples:
   factorlm compare runs/demo_dense runs/demo_low_rank
@@ -87,6 +89,9 @@ def _print(args: argparse.Namespace, runs: list[RunSummary]) -> None:
 
 
 def _plot(runs: list[RunSummary], path: Path) -> None:
-    from factorlm.report import plot_losses
+    from factorlm.report import plot_losses, plot_monitors
 
     print(f"loss curves: {plot_losses(runs, path)}", file=sys.stderr)
+    if any(run.monitors for run in runs):
+        beside = path.with_name(f"{path.stem}_monitors{path.suffix}")
+        print(f"monitors: {plot_monitors(runs, beside)}", file=sys.stderr)

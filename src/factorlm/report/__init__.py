@@ -10,6 +10,7 @@ from factorlm.report.compare import (
     read_runs,
 )
 from factorlm.report.figures import plot_losses
+from factorlm.report.monitors import plot_monitors
 from factorlm.report.tables import Table
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "comparison_table",
     "comparison_tables",
     "plot_losses",
+    "plot_monitors",
     "read_run",
     "read_runs",
 ]

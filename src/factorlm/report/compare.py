@@ -13,10 +13,12 @@ from typing import Any
 
 from factorlm.errors import DataError, did_you_mean
 from factorlm.records import (
+    LOSS_SPIKE,
     RECORDS_FILE,
     EvalRecord,
     EventRecord,
     GenerationRecord,
+    MonitorRecord,
     Record,
     RecordFile,
     RunRecord,
@@ -26,6 +28,8 @@ from factorlm.report.tables import Table, format_count, format_scientific, forma
 
 VALIDATION = "validation"
 """The ``EvalRecord.source`` of the evaluations that training makes."""
+MAX_SPIKES = 4
+"""Of one run that a note lists."""
 UNFINISHED = " *"
 """Behind the name of a run that has not done all its steps."""
 
@@ -44,6 +48,9 @@ class RunSummary:
     generation: GenerationRecord | None
     """The newest."""
     is_finished: bool
+    monitors: tuple[MonitorRecord, ...] = ()
+    spikes: tuple[EventRecord, ...] = ()
+    """Of the training loss."""
 
     @property
     def structure(self) -> str:
@@ -99,14 +106,16 @@ def read_run(path: str | os.PathLike[str]) -> RunSummary:
     steps = _of_type(records, StepRecord)
     if not runs or not steps:
         raise DataError(f"{path}: its records hold no training step yet")
-    generations = _of_type(records, GenerationRecord)
+    generations, events = _of_type(records, GenerationRecord), _of_type(records, EventRecord)
     return RunSummary(
         label=runs[-1].name,
         run=runs[-1],
         steps=tuple(steps),
         evals=tuple(e for e in _of_type(records, EvalRecord) if e.source == VALIDATION),
         generation=generations[-1] if generations else None,
-        is_finished=any(event.event == "finished" for event in _of_type(records, EventRecord)),
+        is_finished=any(event.event == "finished" for event in events),
+        monitors=tuple(_of_type(records, MonitorRecord)),
+        spikes=tuple(event for event in events if event.event == LOSS_SPIKE),
     )
 
 
@@ -289,10 +298,22 @@ def _finite(value: float | None) -> float | None:
 
 
 def comparison_notes(runs: Sequence[RunSummary]) -> list[str]:
-    """What a reader has to know: unfinished runs, and data on which losses cannot be compared."""
+    """What a reader has to know: unfinished runs, data on which losses cannot be compared, and
+    loss spikes."""
     notes = [] if all(run.is_finished for run in runs) else [f"{UNFINISHED.strip()} unfinished"]
     for field in ("path", "context_length", "tokenizer"):
         values = [str(run.run.config.get("data", {}).get(field)) for run in runs]
         if len(set(values)) > 1:
             notes.append(f"data.{field} differs: {', '.join(values)}")
-    return notes
+    return notes + [f"{run.label}: {_spikes(run)}" for run in runs if run.spikes]
+
+
+def _spikes(run: RunSummary) -> str:
+    """``loss spikes at step 71 (model.layers.1.mlp.c_fc), step 90, 2 more``."""
+    found = []
+    for event in run.spikes[:MAX_SPIKES]:
+        layer = event.detail.get("layer")
+        found.append(f"step {event.step:,}" + (f" ({layer})" if layer else ""))
+    if len(run.spikes) > MAX_SPIKES:
+        found.append(f"{len(run.spikes) - MAX_SPIKES} more")
+    return f"loss spike{'s' if len(run.spikes) > 1 else ''} at {', '.join(found)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +93,17 @@ def plot_losses(runs: Sequence[RunSummary], path: str | os.PathLike[str]) -> Pat
     Light lines are training losses, smoothed; dark ones with points are validation losses. Raises
     ``ConfigError`` for another suffix, and where matplotlib is missing.
     """
+    return save_picture(lambda: _draw_losses([Curve.of(run) for run in runs]), path)
+
+
+def save_picture(draw: Callable[[], Figure], path: str | os.PathLike[str]) -> Path:
+    """Write what ``draw`` draws, in our style, to ``path``; errors as ``plot_losses`` has them."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: the name of a picture must end in {', '.join(SUFFIXES)}")
     matplotlib = _import_matplotlib()
     with matplotlib.rc_context(STYLE), storage_errors(path):
-        figure = _draw_losses([Curve.of(run) for run in runs])
-        figure.savefig(path, dpi=DOTS_PER_INCH)
+        draw().savefig(path, dpi=DOTS_PER_INCH)
     return path
 
 

@@ -94,13 +94,14 @@ class OptimizerSection(Config):
 
     kind: str = "adamw"
     """``adamw`` (fused where PyTorch has it); ``muon``: Muon on hidden matrices, AdamW on the rest;
-    ``spectron``: Spectron on pairs of factors, Muon on other hidden matrices, AdamW on the rest."""
+    ``spectron``, ``lora_muon``: that rule on pairs of factors, Muon on other hidden matrices, AdamW
+    on the rest."""
     learning_rate: float = 1e-3
     """The peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
-    """Of Muon and Spectron."""
+    """Of Muon, Spectron and LoRA-Muon."""
     factor_rates: Literal["equal", "structure_aware"] = "equal"
     """``structure_aware``: AdamW's rate of each factor times (in_features / fan_in) / number of
     factors (Compute Better Spent)."""
