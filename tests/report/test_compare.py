@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,17 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
 )
 def test_structure_label(section: dict[str, Any], label: str) -> None:
     assert structure_label(section) == label
+
+
+def test_flops_are_those_that_the_steps_say_and_guided_evaluations_are_no_best(
+    tmp_path: Path,
+) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    assert run.executed_flops is None
+    steps = (*run.steps[:-1], replace(run.steps[-1], model_flops=7.0, executed_flops=5.0))
+    assert run.best is not None
+    evals = [replace(r, guided=r.loss == run.best.loss) for r in run.evals]
+    guided = replace(run, steps=steps, evals=tuple(evals))
+    assert (guided.training_flops, guided.executed_flops) == (7.0, 5.0)
+    assert guided.best is not None
+    assert guided.best.loss > run.best.loss

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,14 @@ def test_refusals_name_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'factorlm\[plots\]'"):
         plot_losses([summary("a")], tmp_path / "curves.png")
+
+
+def test_flops_of_guided_steps_stretch_the_curve() -> None:
+    """Where steps say what they spent, that is the axis: here twice as much in the first half."""
+    run = summary("guided", num_steps=4)
+    spent = (140.0, 280.0, 350.0, 420.0)
+    steps = tuple(replace(s, model_flops=f) for s, f in zip(run.steps, spent, strict=True))
+    curve = figures.Curve.of(replace(run, steps=steps))
+    np.testing.assert_allclose(
+        curve.flops_at(np.array([10.0, 20.0, 25.0, 40.0])), [140, 280, 315, 420]
+    )

@@ -64,8 +64,14 @@ class RunSummary:
 
     @property
     def training_flops(self) -> float:
-        """Spent so far, by the papers' convention."""
-        return 3 * self.run.forward_flops_per_token * self.num_tokens
+        """Spent so far, by the papers' convention; a guide's included."""
+        spent = self.steps[-1].model_flops
+        return 3 * self.run.forward_flops_per_token * self.num_tokens if spent is None else spent
+
+    @property
+    def executed_flops(self) -> float | None:
+        """Spent so far, as run; None where the records are of before it was counted."""
+        return self.steps[-1].executed_flops
 
     @property
     def train_seconds(self) -> float:
@@ -79,9 +85,11 @@ class RunSummary:
 
     @property
     def best(self) -> EvalRecord | None:
-        """The one with the lowest loss of the evaluations over the most text."""
-        most = max((record.num_eval_tokens for record in self.evals), default=0)
-        whole = [record for record in self.evals if record.num_eval_tokens == most]
+        """The one with the lowest loss of the evaluations over the most text, guided ones left
+        out: no saved model has guides."""
+        evals = [record for record in self.evals if not record.guided]
+        most = max((record.num_eval_tokens for record in evals), default=0)
+        whole = [record for record in evals if record.num_eval_tokens == most]
         return min(whole, key=lambda record: record.loss, default=None)
 
     @property
@@ -186,6 +194,7 @@ METRICS = (
     Metric("num_ffn_params", "FFN parameters", lambda r: r.run.num_ffn_params, format_count),
     Metric("num_tokens", "training tokens", lambda r: r.num_tokens, format_count),
     Metric("training_flops", "training FLOPs", lambda r: r.training_flops, format_scientific),
+    Metric("executed_flops", "executed FLOPs", lambda r: r.executed_flops, format_scientific),
     Metric(
         "best_validation_loss",
         "best validation loss",

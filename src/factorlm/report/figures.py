@@ -71,8 +71,11 @@ class Curve:
         )
 
     def flops_at(self, num_tokens: np.ndarray) -> np.ndarray:
-        """Training FLOPs by the papers' convention."""
-        return 3 * self.run.run.forward_flops_per_token * num_tokens
+        """Training FLOPs by the papers' convention; a guided step takes more than another."""
+        spent = [step.model_flops for step in self.run.steps]
+        if None in spent:  # records of before it was counted
+            return 3 * self.run.run.forward_flops_per_token * num_tokens
+        return np.interp(num_tokens, [0.0, *self.num_tokens], np.array([0.0, *spent], dtype=float))
 
     def seconds_at(self, num_tokens: np.ndarray) -> np.ndarray:
         """Training time."""
