@@ -11,6 +11,7 @@ from factorlm.errors import ConfigError
 from factorlm.hf import build_causal_lm
 from factorlm.layers import BlockDenseConfig, BlockShuffleConfig, LowRankConfig
 from factorlm.ops.cross_entropy import CHUNK_ELEMENTS
+from factorlm.optim import build_optimizer
 from factorlm.surgery import attach_guides_
 from factorlm.testing.models import tiny_model
 
@@ -83,17 +84,20 @@ def test_activation_checkpointing_keeps_layer_inputs_and_one_layer():
     assert recomputed(1) == estimated("gpt_tiny", 1, "fp32") + inputs
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon", "spectron", "lora_muon"])
 @pytest.mark.parametrize("guided", [False, True])
-def test_weights_gradients_and_moments_are_what_torch_holds(guided):
+def test_weights_gradients_and_moments_are_what_torch_holds(guided, kind):
     model = build("gpt_tiny", 2, structure=LowRankConfig(rank=24))
     if guided:
         attach_guides_(model)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = build_optimizer(model, kind=kind, learning_rate=1e-3)
     ids = torch.randint(101, (1, 5))
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    memory = estimate_memory(model, micro_batch=1, seq_len=5)
-    moments = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
+    memory = estimate_memory(model, micro_batch=1, seq_len=5, optimizer=kind)
+    left_out = ("step", "right_vectors")
+    states = optimizer.state.values()
+    moments = [t for state in states for key, t in state.items() if key not in left_out]
     assert memory.weights_bytes == sum(p.nbytes for p in model.parameters())
     assert memory.gradients_bytes == sum(p.grad.nbytes for p in model.parameters())
     assert memory.optimizer_bytes == sum(t.nbytes for t in moments)

@@ -15,6 +15,7 @@ from factorlm.config import check
 from factorlm.layers import StructuredLinear
 from factorlm.layers.self_guided import Guide
 from factorlm.ops.cross_entropy import CHUNK_ELEMENTS
+from factorlm.optim import optimizer_state_bytes
 
 _FP32_BYTES = 4
 
@@ -26,7 +27,8 @@ class MemoryEstimate:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    """AdamW's two moments."""
+    """Moments: two for each parameter with AdamW, one for each hidden matrix with Muon and its
+    kin."""
     autocast_bytes: int
     """Half-precision copies of the linears' weights and of the guides (merged with their layers or
     not), kept from forward to backward."""
@@ -50,6 +52,7 @@ def estimate_memory(
     seq_len: int,
     precision: Literal["fp32", "bf16"] = "fp32",
     activation_checkpointing: bool = False,
+    optimizer: str = "adamw",
 ) -> MemoryEstimate:
     """Estimate the memory of training ``model`` on ``micro_batch`` sequences of ``seq_len`` tokens.
 
@@ -81,7 +84,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=weights,
-        optimizer_bytes=2 * weights,
+        optimizer_bytes=optimizer_state_bytes(model, optimizer),
         autocast_bytes=2 * (linears + guides) if half else 0,
         activations_bytes=tokens * _saved(model, anatomy, shapes, half, activation_checkpointing),
         loss_bytes=_loss_bytes(model, tokens),

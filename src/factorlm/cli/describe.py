@@ -106,7 +106,7 @@ def _memory(description: Description) -> Table:
     for name, size in {
         "weights": memory.weights_bytes,
         "gradients": memory.gradients_bytes,
-        "AdamW moments": memory.optimizer_bytes,
+        "optimizer moments": memory.optimizer_bytes,
         "autocast copies": memory.autocast_bytes,
         "activations (estimate)": memory.activations_bytes,
         "loss": memory.loss_bytes,

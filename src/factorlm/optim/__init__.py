@@ -3,7 +3,11 @@
 from factorlm.optim.adamw import AdamWRule
 from factorlm.optim.build import build_optimizer
 from factorlm.optim.factor_optimizer import FactorOptimizer
-from factorlm.optim.flops import guide_optimizer_flops, optimizer_flops
+from factorlm.optim.flops import (
+    guide_optimizer_flops,
+    optimizer_flops,
+    optimizer_state_bytes,
+)
 from factorlm.optim.guidance import GuideSchedule
 from factorlm.optim.lora_muon import LoraMuonRule
 from factorlm.optim.muon import MuonRule
@@ -27,5 +31,6 @@ __all__ = [
     "learning_rate_at",
     "newton_schulz",
     "optimizer_flops",
+    "optimizer_state_bytes",
     "release_",
 ]

@@ -23,6 +23,7 @@ class AdamWRule(Rule):
     """
 
     name = "adamw"
+    num_moments = 2
     options: ClassVar[dict[str, Any]] = {
         "weight_decay": 0.1,
         "betas": (0.9, 0.95),

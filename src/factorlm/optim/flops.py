@@ -1,4 +1,4 @@
-"""Matmul FLOPs of optimizer steps."""
+"""What optimizers cost, before they are built: matmul FLOPs and bytes of state."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def guide_optimizer_flops(in_features: int, out_features: int, kind: str) -> int
     """Matmul FLOPs that a step of the optimizer ``kind`` takes for a guide of these sizes."""
     rule = kind_named(kind).rules["guide"]
     return RULES[rule].flops([(out_features, in_features)])
+
+
+def optimizer_state_bytes(model: nn.Module, kind: str) -> int:
+    """Bytes of the moments that the optimizer ``kind`` keeps, those of guides included.
+
+    Two for each parameter of AdamW, one for Muon, Spectron and LoRA-Muon; vectors and counters are
+    left out. Raises ``ConfigError`` for an unknown kind.
+    """
+    rules = kind_named(kind).rules
+    return sum(
+        RULES[rules[member.role]].num_moments * member.parameter.nbytes for member in members(model)
+    )

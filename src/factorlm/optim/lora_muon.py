@@ -39,6 +39,7 @@ class LoraMuonRule(Rule):
     """
 
     name = "lora_muon"
+    num_moments = 1
     options: ClassVar[dict[str, Any]] = MATRIX_OPTIONS | {"damping": 1e-4}
 
     def check_group(self, group: Group) -> None:

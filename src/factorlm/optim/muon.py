@@ -27,6 +27,7 @@ class MuonRule(Rule):
     """
 
     name = "muon"
+    num_moments = 1
     options = MATRIX_OPTIONS
 
     def check_group(self, group: Group) -> None:

@@ -29,6 +29,8 @@ class Rule(ABC):
     """What a group's ``rule`` says."""
     options: ClassVar[dict[str, Any]]
     """What a group may set, besides ``params`` and ``lr``, and the values if it does not."""
+    num_moments: ClassVar[int]
+    """Tensors of a parameter's own size that its state holds."""
 
     @final
     def admit(self, group: Group) -> None:

@@ -37,6 +37,7 @@ class SpectronRule(Rule):
     """
 
     name = "spectron"
+    num_moments = 1
     options = MATRIX_OPTIONS
 
     def check_group(self, group: Group) -> None:

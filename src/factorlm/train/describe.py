@@ -162,6 +162,7 @@ def _memory(config: TrainConfig, model: PreTrainedModel) -> MemoryEstimate:
         seq_len=config.data.context_length,
         precision=_precision(config),
         activation_checkpointing=config.parallel.activation_checkpointing,
+        optimizer=config.optimizer.kind,
     )
 
 
