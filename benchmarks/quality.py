@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ STEPS_KEPT = 30
 SWEEP_EVAL_TOKENS = 262_144
 
 
+_recipe = cache(load_recipe)
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of the plan."""
@@ -46,7 +50,7 @@ class Run:
 
     def config(self, folder: str) -> TrainConfig:
         """Its recipe as it is trained."""
-        base = load_recipe(Path(folder) / f"{self.recipe}.yaml").to_dict()
+        base = _recipe(Path(folder) / f"{self.recipe}.yaml").to_dict()
         for section, fields in self.sections.items():
             base[section] = base[section] | fields if isinstance(fields, Mapping) else fields
         return TrainConfig.from_dict(base | {"name": self.name})
@@ -87,50 +91,44 @@ class Plan:
             yield self._run(f"sweep-{name}-{rate:g}", row, rate, point, scale=self._share)
 
     def _rates(self, name: str, rates: list[float]) -> list[float]:
-        """The grid, extended by a factor of two beyond an edge that is the best so far."""
-        rates = sorted(float(rate) for rate in rates)
-        while True:
-            found = [self.losses.get(f"sweep-{name}-{rate:g}") for rate in rates]
-            if any(loss is None for loss in found):
-                return rates
-            best = found.index(min(found))
-            if 0 < best < len(rates) - 1:
-                return rates
-            rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+        """The grid of a row, extended by factors of two."""
+        return extended(rates, 2.0, lambda rate: self.losses.get(f"sweep-{name}-{rate:g}"))
 
     def best_rate(self, name: str, row: Mapping[str, Any]) -> float | None:
         """The tuned learning rate; None while it is not known."""
-        rates = self._rates(name, row["rates"])
-        losses = [self.losses.get(f"sweep-{name}-{rate:g}") for rate in rates]
-        if any(loss is None for loss in losses):
+        found = {
+            rate: self.losses.get(f"sweep-{name}-{rate:g}")
+            for rate in self._rates(name, row["rates"])
+        }
+        if None in found.values():
             return None
-        return rates[losses.index(min(losses))]
+        return min(found, key=lambda rate: found[rate] or 0.0)
+
+    def _low_rank(self, score: Callable[[str], Any]) -> list[str]:
+        """The low_rank rows from the best to the worst; none while one is not tuned."""
+        rows = {k: v for k, v in self.values["rows"].items() if k.startswith("low_rank")}
+        if any(self.best_rate(name, row) is None for name, row in rows.items()):
+            return []
+        return sorted(rows, key=score)
+
+    def _sweep_loss(self, name: str) -> float:
+        rates = self._rates(name, self.values["rows"][name]["rates"])
+        return min(self.losses[f"sweep-{name}-{rate:g}"] for rate in rates)
+
+    def _full_loss(self, name: str) -> tuple[bool, float]:
+        """By the better of C and G; a row without them comes last, by its sweep."""
+        found = [self.losses.get(f"{name}-{point}-s0") for point in "CG"]
+        done = [loss for loss in found if loss is not None]
+        return (len(done) < 2, min(done) if len(done) == 2 else self._sweep_loss(name))
 
     def _best_low_rank(self) -> list[str]:
-        """The low_rank rows from the best to the worst, by the full runs, else by the sweeps."""
-        names = [name for name in self.values["rows"] if name.startswith("low_rank")]
-        rows = self.values["rows"]
-        if any(self.best_rate(name, rows[name]) is None for name in names):
-            return []
-        return sorted(names, key=self._score)
-
-    def _score(self, name: str) -> tuple[bool, float]:
-        full = [self.losses.get(f"{name}-{point}-s0") for point in ("C", "G")]
-        done = [loss for loss in full if loss is not None]
-        sweep = [v for k, v in self.losses.items() if k.startswith(f"sweep-{name}-")]
-        return (len(done) < 2, min(done) if len(done) == 2 else min(sweep))
+        return self._low_rank(self._full_loss)
 
     def _block_rows(self) -> dict[str, Mapping[str, Any]]:
-        """Chosen by the sweeps alone, so that full runs do not change the choice."""
-        names = [name for name in self.values["rows"] if name.startswith("low_rank")]
+        """Chosen by the sweeps alone, so that full runs do not change the choice; of optimizers
+        that serve blocks."""
         rows = self.values["rows"]
-        if any(self.best_rate(name, rows[name]) is None for name in names):
-            return {}
-        sweep = {
-            name: min(v for k, v in self.losses.items() if k.startswith(f"sweep-{name}-"))
-            for name in names
-        }
-        best = sorted(names, key=sweep.__getitem__)[:2]
+        best = [name for name in self._low_rank(self._sweep_loss) if "lora" not in name][:2]
         return {
             f"{kind.removesuffix('_32')}_{name.removeprefix('low_rank_')}": {
                 **rows[name],
@@ -170,8 +168,13 @@ class Plan:
     def _transfer(self) -> Iterator[Run]:
         section = self.values["transfer"]
         for width in section["widths"]:
-            for rate in section["rates"]:
-                model = load_recipe(self._recipe(section["recipe"])).model.to_dict()
+            prefix = f"transfer-{width}-"
+            losses = {k.removeprefix(prefix): v for k, v in self.losses.items() if prefix in k}
+            rates = extended(
+                section["rates"], 2**0.5, lambda r, found=losses: found.get(f"{r:.4g}")
+            )
+            for rate in rates:
+                model = _recipe(self._path(section["recipe"])).model.to_dict()
                 model["overrides"] |= {
                     "hidden_size": width,
                     "intermediate_size": 4 * width,
@@ -179,10 +182,10 @@ class Plan:
                     "initializer_range": width**-0.5,
                 }
                 structure = {"structure": "low_rank", "rank": width // 4, **section["structure"]}
-                optimizer = section["optimizer"] | {"learning_rate": float(rate)}
+                optimizer = section["optimizer"] | {"learning_rate": rate}
                 batch = {"num_tokens": section["num_tokens"]}
                 yield Run(
-                    f"transfer-{width}-{float(rate):g}",
+                    f"transfer-{width}-{rate:.4g}",
                     section["recipe"],
                     {"model": model, "structure": structure, "optimizer": optimizer}
                     | {"batch": batch, "eval": _sweep_eval()},
@@ -192,7 +195,7 @@ class Plan:
     def _share(self) -> float:
         return self.values["sweep_share"]
 
-    def _recipe(self, name: str) -> Path:
+    def _path(self, name: str) -> Path:
         return Path(self.values["recipes"]) / f"{name}.yaml"
 
     def _run(
@@ -205,7 +208,7 @@ class Plan:
         seed: int = 0,
         scale: float = 1,
     ) -> Run:
-        tokens = round(load_recipe(self._recipe("dense")).batch.num_tokens * scale)
+        tokens = round(_recipe(self._path("dense")).batch.num_tokens * scale)
         budget = {
             "flops": None if point == "T" else self._budget(tokens),
             "count": "executed_flops",
@@ -236,6 +239,27 @@ class Plan:
 
 
 _BUDGETS: dict[tuple[str, int], float] = {}
+
+
+def extended(
+    rates: Iterable[float], factor: float, loss_of: Callable[[float], float | None]
+) -> list[float]:
+    """The grid ``rates``, and on outward by ``factor`` until the best does not lie at an edge.
+
+    Ends with the first rates whose loss is not known yet.
+    """
+    grid = sorted(float(rate) for rate in rates)
+    while True:
+        losses = [loss_of(rate) for rate in grid]
+        if None in losses:
+            return grid
+        best = losses.index(min(loss for loss in losses if loss is not None))
+        if best == 0:
+            grid.insert(0, grid[0] / factor)
+        elif best == len(grid) - 1:
+            grid.append(grid[-1] * factor)
+        else:
+            return grid
 
 
 def _around(rate: float) -> list[float]:

@@ -16,7 +16,13 @@ from transformers.training_args import ParallelMode
 from factorlm.config import check
 from factorlm.layers.self_guided import GuideForm
 from factorlm.optim.guidance import GuideKind, GuideSchedule, GuideVariant
-from factorlm.surgery import attach_guides_, detach_guides_, guided_layers, update_block
+from factorlm.surgery import (
+    attach_guides_,
+    detach_guides_,
+    guided_layers,
+    set_guides_,
+    update_block,
+)
 from factorlm.surgery.block import GUIDED
 
 
@@ -147,9 +153,7 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
             _end(model, optimizer)
 
     def _start_step(self, model: nn.Module, step: int) -> None:
-        alpha, skipped = self.schedule.alpha_at(step), not self.schedule.is_guided(step)
-        for layer in guided_layers(model).values():
-            layer.set_alpha(alpha, skipped=skipped)
+        set_guides_(guided_layers(model).values(), self.schedule, step)
 
 
 def _end(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -7,7 +7,12 @@ from factorlm.surgery.block import (
     read_structure,
     write_block,
 )
-from factorlm.surgery.guides import attach_guides_, detach_guides_, guided_layers
+from factorlm.surgery.guides import (
+    attach_guides_,
+    detach_guides_,
+    guided_layers,
+    set_guides_,
+)
 from factorlm.surgery.report import SwapReport, SwapRow
 from factorlm.surgery.swap import (
     densify_,
@@ -35,6 +40,7 @@ __all__ = [
     "read_block",
     "read_structure",
     "restore_buffers_",
+    "set_guides_",
     "stock_model",
     "update_block",
     "write_block",

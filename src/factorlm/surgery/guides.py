@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 from torch import nn
@@ -11,6 +12,7 @@ from factorlm.config import check
 from factorlm.errors import ConfigError
 from factorlm.layers import StructuredLinear
 from factorlm.layers.self_guided import GuideForm, SelfGuidedLinear
+from factorlm.optim import GuideSchedule
 from factorlm.surgery.swap import replace_everywhere
 
 
@@ -43,6 +45,16 @@ def attach_guides_(model: nn.Module, *, form: GuideForm = "auto") -> list[str]:
     if isinstance(model, PreTrainedModel):
         model.__dict__["save_pretrained"] = _refuse_to_save
     return list(layers)
+
+
+def set_guides_(
+    layers: Iterable[SelfGuidedLinear], schedule: GuideSchedule, step: int
+) -> tuple[float, bool]:
+    """Set the α of ``layers`` for ``step`` (0-based); α, and whether the step leaves guides out."""
+    alpha, skipped = schedule.alpha_at(step), not schedule.is_guided(step)
+    for layer in layers:
+        layer.set_alpha(alpha, skipped=skipped)
+    return alpha, skipped
 
 
 def detach_guides_(model: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from factorlm.distributed import World
 from factorlm.optim import GuideSchedule, release_
-from factorlm.surgery import detach_guides_, guided_layers
+from factorlm.surgery import detach_guides_, guided_layers, set_guides_
 
 
 class Guidance:
@@ -27,10 +27,7 @@ class Guidance:
 
     def start_step(self, step: int) -> tuple[float, bool]:
         """Set every layer's α for ``step``; α, and whether the step leaves the guides out."""
-        alpha, skipped = self.schedule.alpha_at(step), not self.schedule.is_guided(step)
-        for layer in self._layers:
-            layer.set_alpha(alpha, skipped=skipped)
-        return alpha, skipped
+        return set_guides_(self._layers, self.schedule, step)
 
     def reduce_gradients(self) -> None:
         """Average the guides' gradients over replicas, which DDP leaves alone: no process waits
