@@ -74,12 +74,18 @@ def test_the_guides_draws_follow_the_runs_seed():
     assert (guide.variant, guide.kind, guide.seed) == ("stochastic", "linear", 5)
 
 
+RECIPES_OF_THE_PAIR = ("low_rank_32", "low_rank_32_guided")
+
+
 def test_a_guides_memory_is_counted_and_its_parameters_are_not():
-    plain, guided = described("low_rank_32"), described("low_rank_32_guided")
+    plain, guided = (described(name) for name in RECIPES_OF_THE_PAIR)
     assert guided.params == plain.params
     weights = 6 * 96 * 384 * 4
     assert guided.memory.weights_bytes - plain.memory.weights_bytes == weights
-    assert guided.memory.step_bytes - plain.memory.step_bytes == 4 * weights
+    # Weights, gradients and moments: Muon, the recipe's optimizer, keeps one, AdamW two.
+    assert guided.memory.step_bytes - plain.memory.step_bytes == 3 * weights
+    pair = [described(name, "--optimizer.kind", "adamw") for name in RECIPES_OF_THE_PAIR]
+    assert pair[1].memory.step_bytes - pair[0].memory.step_bytes == 4 * weights
 
 
 def test_a_wide_network_takes_the_flops_that_it_names():

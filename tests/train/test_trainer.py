@@ -356,3 +356,26 @@ def test_compiled_layers_learn_the_same(tiny_config: MakeConfig, tmp_path: Path)
     exact = losses(fit(tiny_config(), tmp_path / "a"))
     compiled = losses(fit(tiny_config(parallel={"compile": True}), tmp_path / "b"))
     assert compiled == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_refused_recipe_leaves_no_run_behind(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """So that the corrected recipe is not taken for a changed one."""
+    config = tiny_config(optimizer={"kind": "sprectron"})
+    with pytest.raises(ConfigError, match="Did you mean 'spectron'"):
+        Trainer(config, runs_dir=tmp_path).fit()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "muon", "factor_rates": "structure_aware"}, "is for optimizer.kind='adamw'"),
+        ({"base_width": 64}, "base_width=64 must be at least 1, beside"),
+        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\)"),
+    ],
+)
+def test_optimizer_options_that_do_not_go_together(
+    tiny_config: MakeConfig, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(optimizer=options)

@@ -122,6 +122,18 @@ class OptimizerSection(Config):
             check(0 <= beta < 1, f"optimizer.betas={self.betas} must lie in [0, 1)")
         decay = self.weight_decay
         check(decay >= 0, f"optimizer.weight_decay={decay} must be at least 0")
+        aware = self.factor_rates == "structure_aware"
+        check(
+            not aware or self.kind == "adamw",
+            f"optimizer.factor_rates={self.factor_rates!r} is for optimizer.kind='adamw', "
+            f"not {self.kind!r}",
+        )
+        width = self.base_width
+        check(
+            width is None or (aware and width >= 1),
+            f"optimizer.base_width={width} must be at least 1, beside "
+            "optimizer.factor_rates='structure_aware'",
+        )
         check(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must lie in [0, 1)")
         clip = self.clip_grad_norm
         check(clip is None or clip > 0, f"optimizer.clip_grad_norm={clip} must be above 0")

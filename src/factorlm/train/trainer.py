@@ -100,9 +100,9 @@ class Trainer:
             self.world.stop()
 
     def _fit(self) -> RunResult:
+        described = describe(self.config)  # before the folder is claimed: it refuses bad recipes
+        self.plan = described.plan
         with self.run.claimed(self.config, self.world):
-            described = describe(self.config)
-            self.plan = described.plan
             if self.run.is_finished(self.world):
                 self.state = RunState(step=self.plan.num_steps)
                 return RunResult(self.state, self.run.path, already_finished=True)
