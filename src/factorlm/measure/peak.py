@@ -16,7 +16,7 @@ SMALLEST, LARGEST = 256, 8192
 def has_fast_bf16(device_type: str) -> bool:
     """Whether matmuls in bf16 run on instructions of their own.
 
-    On a CPU without them one takes up to a hundred times as long as in float32.
+    On a CPU without them one is far slower than in float32.
     """
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

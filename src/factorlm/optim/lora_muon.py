@@ -23,7 +23,7 @@ from factorlm.optim.newton_schulz import newton_schulz, newton_schulz_flops
 from factorlm.optim.rule import RULES, Group, Rule, State
 
 ROOT_STEPS = 16
-"""Of ``inverse_root``: an eigenvalue of 1e-4 of the trace is then right to 1 in 1e4 or better."""
+"""Of ``inverse_root``: roots of eigenvalues down to 1e-4 of the trace are then right to 2e-4."""
 
 
 @final

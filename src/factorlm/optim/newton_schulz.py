@@ -59,7 +59,7 @@ def working_dtype(matrix: Tensor, precision: Precision = "auto") -> torch.dtype:
     """What ``newton_schulz`` computes in: float64 for float64, else bf16 or float32.
 
     ``auto`` is bf16, as in ``torch.optim.Muon``, but float32 on processors without instructions
-    for bf16: there a matmul in bf16 takes up to a hundred times as long.
+    for bf16: there a matmul in bf16 is far slower.
     """
     if matrix.dtype == torch.float64:
         return torch.float64
