@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import yaml
 from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
 from factorlm.train import TrainConfig, load_recipe
 from factorlm.train.describe import describe
+from factorlm.train.recipe import merge_sections
 
 REPORT = Path("reports/quality")
 RUNS = Path("runs/quality")
@@ -51,9 +53,7 @@ class Run:
     def config(self, folder: str) -> TrainConfig:
         """Its recipe as it is trained."""
         base = _recipe(Path(folder) / f"{self.recipe}.yaml").to_dict()
-        for section, fields in self.sections.items():
-            base[section] = base[section] | fields if isinstance(fields, Mapping) else fields
-        return TrainConfig.from_dict(base | {"name": self.name})
+        return TrainConfig.from_dict(merge_sections(base, self.sections) | {"name": self.name})
 
 
 class Plan:
@@ -78,6 +78,7 @@ class Plan:
             *full,
             *self._seeds(rows),
             *self._longer(),
+            *self._explore(),
         ]
         return list({run.name: run for run in everything}.values())
 
@@ -174,8 +175,7 @@ class Plan:
                 section["rates"], 2**0.5, lambda r, found=losses: found.get(f"{r:.4g}")
             )
             for rate in rates:
-                model = _recipe(self._path(section["recipe"])).model.to_dict()
-                model["overrides"] |= {
+                overrides = {
                     "hidden_size": width,
                     "intermediate_size": 4 * width,
                     "head_dim": width // 4,
@@ -187,9 +187,17 @@ class Plan:
                 yield Run(
                     f"transfer-{width}-{rate:.4g}",
                     section["recipe"],
-                    {"model": model, "structure": structure, "optimizer": optimizer}
+                    {"model": {"overrides": overrides}, "structure": structure}
+                    | {"optimizer": optimizer}
                     | {"batch": batch, "eval": _sweep_eval()},
                 )
+
+    def _explore(self) -> Iterator[Run]:
+        """What else was tried, each with its own rate."""
+        for name, row in self.values["explore"].items():
+            for point in row["points"]:
+                run = f"explore-{name}-{point}"
+                yield self._run(run, row, row["rate"], point, scale=row.get("scale", 1))
 
     @property
     def _share(self) -> float:
@@ -216,12 +224,11 @@ class Plan:
         sections: dict[str, Any] = {
             "seed": seed,
             "optimizer": row["optimizer"] | {"learning_rate": rate},
-            "batch": {"num_tokens": tokens},
+            "batch": row.get("batch", {}) | {"num_tokens": tokens},
             "budget": budget,
-            "guide": {"variant": "full" if point == "G" else "none"},
+            "guide": row.get("guide", {}) | {"variant": "full" if point == "G" else "none"},
         }
-        if "structure" in row:
-            sections["structure"] = row["structure"]
+        sections |= {key: row[key] for key in ("structure", "model", "schedule") if key in row}
         if scale < 1:
             sections["eval"] = _sweep_eval()
         return Run(name, row["recipe"], sections)
@@ -304,8 +311,9 @@ def publish(run: Run) -> None:
 class Queue:
     """Runs what is pending, ``workers`` at a time."""
 
-    def __init__(self, workers: int, hours: float) -> None:
+    def __init__(self, workers: int, hours: float, first: Sequence[str] = ()) -> None:
         self.workers = workers
+        self.first = first
         self.deadline = time.monotonic() + 3600 * hours
         self.children: list[subprocess.Popen[bytes]] = []
         self.stopped = False
@@ -322,7 +330,7 @@ class Queue:
             while True:
                 busy = {run.name for run in running.values()} | failed
                 pending = [r for r in Plan(values, load_losses()).pending() if r.name not in busy]
-                for run in pending[: self.workers - len(running)]:
+                for run in sorted(pending, key=self._is_later)[: self.workers - len(running)]:
                     if not self.stopped and time.monotonic() < self.deadline:
                         print(f"{time.strftime('%H:%M:%S')} start {run.name}", flush=True)
                         running[pool.submit(self._train, run, values["recipes"])] = run
@@ -335,6 +343,11 @@ class Queue:
                         publish(run)
                     else:
                         failed.add(run.name)
+
+    def _is_later(self, run: Run) -> int:
+        """Position of the first pattern that the run's name matches."""
+        found = [i for i, pattern in enumerate(self.first) if fnmatch(run.name, pattern)]
+        return found[0] if found else len(self.first)
 
     def _train(self, run: Run, recipes: str) -> int:
         """``factorlm train`` on the run's resolved recipe; its exit code."""
@@ -379,11 +392,12 @@ def main() -> None:
     parser.add_argument("command", choices=["plan", "run"])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--hours", type=float, default=1000.0, help="start no run after so long")
+    parser.add_argument("--first", nargs="*", default=[], help="patterns of runs to bring forward")
     args = parser.parse_args()
     if args.command == "plan":
         show_plan()
     else:
-        Queue(args.workers, args.hours).run()
+        Queue(args.workers, args.hours, args.first).run()
 
 
 if __name__ == "__main__":

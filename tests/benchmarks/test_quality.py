@@ -63,9 +63,9 @@ def test_grids_grow_outward_until_the_best_is_inside(quality: Any) -> None:
     assert quality.extended([16, 8, 32], 2.0, (losses | {32.0: 3.0}).get) == [4, 8, 16, 32]
 
 
-def test_first_come_sweeps_and_the_transfer_grid(quality: Any, values: Any) -> None:
+def test_only_what_needs_no_tuned_rate_comes_first(quality: Any, values: Any) -> None:
     names = {run.name for run in quality.Plan(values, {}).pending()}
-    assert all(name.startswith(("sweep-", "transfer-")) for name in names)
+    assert all(name.startswith(("sweep-", "transfer-", "explore-")) for name in names)
     for row in values["rows"]:
         assert sum(name.startswith(f"sweep-{row}-") for name in names) >= 3
 

@@ -46,10 +46,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     check(isinstance(base, str), f"{path}: extends={base!r} must name one recipe file")
     inherited = _read(path.parent / base, (*children, path.resolve()))
     inherited.pop("name", None)
-    return _merge(inherited, values)
+    return merge_sections(inherited, values)
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_sections(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """``changes`` over ``base``, section by section.
 
     A changed ``structure.structure`` starts its section anew: fields of one kind mean nothing to
@@ -60,5 +60,5 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         old = merged.get(key)
         other_kind = key == "structure" and isinstance(value, dict) and "structure" in value
         nested = isinstance(old, dict) and isinstance(value, dict) and not other_kind
-        merged[key] = _merge(old, value) if nested else value  # type: ignore[arg-type]
+        merged[key] = merge_sections(old, value) if nested else value  # type: ignore[arg-type]
     return merged
