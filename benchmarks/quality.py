@@ -197,7 +197,7 @@ class Plan:
         for name, row in self.values["explore"].items():
             for point in row["points"]:
                 run = f"explore-{name}-{point}"
-                yield self._run(run, row, row["rate"], point, scale=row.get("scale", 1))
+                yield self._run(run, row, float(row["rate"]), point, scale=row.get("scale", 1))
 
     @property
     def _share(self) -> float:
