@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from factorlm.ops.block_dense import block_dense, block_dense_dense
-from factorlm.ops.block_diagonal import block_diagonal
+from factorlm.ops.block_diagonal import block_diagonal, block_diagonal_batched
 from factorlm.ops.block_shuffle import block_shuffle, block_shuffle_dense, num_rounds
 from factorlm.ops.low_rank import low_rank, low_rank_dense
 from factorlm.ops.reference import (
@@ -112,11 +115,51 @@ def test_one_block_is_low_rank() -> None:
     assert_close(block_dense(x, V[None], U, bias), expected)
 
 
-def test_block_diagonal_is_the_product_with_the_block_diagonal_matrix() -> None:
-    x, blocks, bias = leaves((5, 3, 2), (3, 4, 2), (3, 4))
-    y = block_diagonal(x, blocks, bias).flatten(1)
-    expected = x.flatten(1) @ torch.block_diag(*blocks).T + bias.flatten()
-    assert_close(y, expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("form", [block_diagonal, block_diagonal_batched])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_block_diagonal_is_the_product_with_the_block_diagonal_matrix(
+    form: Callable[..., Tensor], with_bias: bool
+) -> None:
+    x, blocks, bias = leaves((5, 6), (3, 4, 2), (12,))
+    expected = x @ torch.block_diag(*blocks).T
+    if with_bias:
+        assert_same(form(x, blocks, bias), expected + bias, [x, blocks, bias])
+    else:
+        assert_same(form(x, blocks), expected, [x, blocks])
+
+
+def test_block_diagonal_computes_only_the_gradients_that_are_asked_for() -> None:
+    x, blocks, bias = leaves((5, 6), (3, 4, 2), (12,))
+    for wanted in (x, blocks, bias):
+        inputs = [t if t is wanted else t.detach() for t in (x, blocks, bias)]
+        (expected,) = torch.autograd.grad(block_diagonal(x, blocks, bias).sum(), [wanted])
+        with FlopCounterMode(display=False) as counter:
+            (found,) = torch.autograd.grad(block_diagonal(*inputs).sum(), [wanted])
+        assert torch.equal(found, expected)
+        products = 1 if wanted is bias else 2
+        assert counter.get_total_flops() == products * 2 * 5 * blocks.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_ops_under_autocast_are_near_the_truth(dtype: torch.dtype) -> None:
+    x, first, second, bias = (t.detach().float().requires_grad_() for t in
+                              leaves((40, 16), (2, 8, 8), (2, 12, 8), (24,)))  # fmt: skip
+    exact = block_shuffle(*(t.double() for t in (x, first, second, bias)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = block_shuffle(x, first, second, bias)
+    assert y.dtype == dtype
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert torch.linalg.norm(y - exact) < tolerance * torch.linalg.norm(exact)
+    y.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (x, first, second))
+
+
+def test_both_orders_of_the_shuffle_agree() -> None:
+    """From I/G tokens on the rows of the first factor are shuffled, below it the hidden values."""
+    x, first, second = leaves((8, 16), (2, 8, 8), (2, 12, 8))
+    many = block_shuffle(x, first, second)
+    few = torch.cat([block_shuffle(row, first, second) for row in x.split(1)])
+    assert_same(many, few, [x, first, second])
 
 
 @given(blocks=st.integers(1, 12), block_hidden=st.integers(1, 40))

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from factorlm.ops.block_diagonal import block_diagonal, split_blocks
+from factorlm.ops.block_diagonal import as_rows, block_diagonal
 
 
 def block_dense(x: Tensor, B: Tensor, L: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (*, I), B (G, R/G, I/G), L (O, R), bias (O,) -> (*, O). arXiv 2406.16450."""
-    hidden = block_diagonal(split_blocks(x, B), B)
-    return linear(hidden.reshape(*x.shape[:-1], L.shape[1]), L, bias)
+    hidden = block_diagonal(as_rows(x, B), B)
+    return linear(hidden, L, bias).view(*x.shape[:-1], L.shape[0])
 
 
 def block_dense_dense(B: Tensor, L: Tensor) -> Tensor:

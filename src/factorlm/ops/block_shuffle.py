@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from factorlm.ops.block_diagonal import block_diagonal, split_blocks
+from factorlm.ops.block_diagonal import as_rows, block_diagonal
 
 
 def block_shuffle(
@@ -27,15 +27,28 @@ def block_shuffle(
     Output s of group g lands at s G + g with ``output_shuffle``, at g O/G + s without.
     arXiv 2406.16450.
     """
-    num_blocks, block_hidden, _ = first.shape
-    hidden = block_diagonal(split_blocks(x, first), first)
-    groups = hidden.reshape(-1, block_hidden, num_blocks).transpose(1, 2)
-    if bias is not None:
-        bias = bias.view(-1, num_blocks).t() if output_shuffle else bias.view(num_blocks, -1)
-    y = block_diagonal(groups, second, bias)  # (N, G, O/G)
+    hidden = _shuffled_hidden(as_rows(x, first), first)
+    if bias is not None and output_shuffle:
+        bias = bias.view(-1, first.shape[0]).t().flatten()
+    y = block_diagonal(hidden, second, bias)
     if output_shuffle:
-        y = y.transpose(1, 2)
-    return y.reshape(*x.shape[:-1], second.shape[0] * second.shape[1])
+        y = y.unflatten(1, (first.shape[0], -1)).transpose(1, 2).flatten(1)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _shuffled_hidden(x: Tensor, first: Tensor) -> Tensor:
+    """x (N, I), first (G, m/G, I/G) -> (N, m): the hidden values, in the order of their groups.
+
+    Where G² divides m and there are more tokens than columns, the rows of ``first`` are put in the
+    order of the groups, which moves less than the tokens' values and leaves these in runs of m/G².
+    """
+    num_blocks, block_hidden, fan_in = first.shape
+    if block_hidden % num_blocks or x.shape[0] < fan_in:
+        hidden = block_diagonal(x, first)
+        return hidden.unflatten(1, (block_hidden, num_blocks)).transpose(1, 2).flatten(1)
+    grouped = first.unflatten(1, (-1, num_blocks)).transpose(1, 2).flatten(1, 2)
+    hidden = block_diagonal(x, grouped).unflatten(1, (num_blocks, num_blocks, -1))
+    return hidden.transpose(1, 2).flatten(1)
 
 
 def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:

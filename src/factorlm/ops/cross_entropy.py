@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from factorlm.ops.autocast import matmul_dtype
+
 IGNORE_INDEX = -100
 """Label of a position that is not predicted."""
 
@@ -37,13 +39,6 @@ def linear_cross_entropy(
     return loss
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
-
-
 def _capped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
@@ -61,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_elements: int,
         grad_enabled: bool,
     ) -> Tensor:
-        dtype = _matmul_dtype(hidden)
+        dtype = matmul_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, chunk_elements // weight.shape[0])
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
