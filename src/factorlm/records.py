@@ -165,6 +165,50 @@ class GenerationRecord(Record):
     num_new_tokens: int
     seconds: float
     tokens_per_second: float
+    """Of this text alone, at the median token after the first."""
+    batch_size: int = 1
+    """Number of texts that were generated together."""
+    prefill_seconds: float | None = None
+    """Until the first new token of all of them; None in records of before it was kept."""
+
+
+class CaseTimes(TypedDict):
+    """One case of a ``BenchmarkRecord``."""
+
+    median_ms: float
+    """Wall time of one call, the middle of all rounds."""
+    spread_ms: float
+    """Distance between the quartiles of the rounds."""
+    speedup: float
+    """The baseline's time by this one's, the middle of the ratios within a round."""
+    ideal_speedup: float | None
+    """What the FLOPs or bytes allow; None where nothing says."""
+
+
+class BarResult(TypedDict):
+    """A promise about one figure, beside the figure."""
+
+    name: str
+    value: float
+    limit: float
+    at_most: bool
+    """The value has to be at most ``limit``; else at least."""
+
+
+@record_type("benchmark")
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRecord(Record):
+    """Cases that were timed alternately in one setting, their results checked before."""
+
+    benchmark: str
+    """``kernel``, ``ffn``, ..."""
+    settings: dict[str, Any]
+    """Shape, tokens, dtype, pass, ...: what the cases have in common."""
+    environment: dict[str, Any]
+    baseline: str
+    rounds: int
+    cases: dict[str, CaseTimes]
+    bars: list[BarResult] = field(default_factory=list)
 
 
 @record_type("event")

@@ -1,0 +1,102 @@
+"""What every benchmark shares: cases that take turns, ratios within a round, bars, one record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from factorlm.measure import Measurement, environment, measure_latency
+from factorlm.records import BarResult, BenchmarkRecord, CaseTimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCase:
+    """Something to time."""
+
+    run: Callable[[], object]
+    ideal_speedup: float | None = None
+    """Against the baseline, by FLOPs or bytes alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A promise about one figure: ``value`` is at most (else at least) ``limit``."""
+
+    name: str
+    value: float
+    limit: float
+    at_most: bool = True
+
+    def to_result(self) -> BarResult:
+        """As records hold it."""
+        return BarResult(name=self.name, value=self.value, limit=self.limit, at_most=self.at_most)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Measurements of cases that took turns."""
+
+    by_name: Mapping[str, Measurement]
+
+    def ms(self, name: str) -> float:
+        """Median latency of ``name``."""
+        return self.by_name[name].median_ms
+
+    def ratio(self, name: str, other: str) -> float:
+        """Latency of ``name`` by that of ``other``, the median of the rounds' ratios."""
+        return self.by_name[name].ratio_to(self.by_name[other])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.by_name
+
+
+def no_bars(timings: Timings) -> Sequence[Bar]:
+    """Nothing is promised."""
+    return ()
+
+
+def measure_cases(
+    benchmark: str,
+    settings: Mapping[str, Any],
+    cases: Mapping[str, BenchmarkCase],
+    *,
+    device: torch.device,
+    rounds: int,
+    baseline: str = "dense",
+    min_round_ms: float = 20.0,
+    bars: Callable[[Timings], Sequence[Bar]] = no_bars,
+) -> BenchmarkRecord:
+    """Time ``cases`` alternately, ``rounds`` times, and hold the result against ``bars``."""
+    found = measure_latency(
+        {name: case.run for name, case in cases.items()},
+        rounds=rounds,
+        min_round_ms=min_round_ms,
+        synchronize=_synchronizer(device),
+    )
+    timings = Timings(found)
+    return BenchmarkRecord(
+        benchmark=benchmark,
+        settings=dict(settings),
+        environment=environment(device),
+        baseline=baseline,
+        rounds=rounds,
+        cases={
+            name: CaseTimes(
+                median_ms=times.median_ms,
+                spread_ms=times.spread_ms,
+                speedup=timings.ratio(baseline, name),
+                ideal_speedup=cases[name].ideal_speedup,
+            )
+            for name, times in found.items()
+        },
+        bars=[bar.to_result() for bar in bars(timings)],
+    )
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)

@@ -1,0 +1,68 @@
+"""What a benchmark is run over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from factorlm.config import Config, check
+from factorlm.errors import ConfigError
+from factorlm.layers import STRUCTURES, BlockShuffleConfig, StructureConfig
+from factorlm.measure import has_fast_bf16
+
+Pass = Literal["forward", "forward+backward"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Config):
+    """Shapes, structures and dtypes; each benchmark reads the fields that concern it."""
+
+    shapes: tuple[tuple[int, int], ...] = ((768, 3072), (2048, 8192))
+    """(in_features, out_features) of a linear; an FFN is that and back."""
+    num_tokens: tuple[int, ...] = (4096,)
+    structures: tuple[str, ...] = ("low_rank", "block_shuffle", "block_dense")
+    share: float = 0.3125
+    """Of the dense weight's parameters; 0.3125 is the papers' 32 %, rank a quarter of the width."""
+    dtypes: tuple[str, ...] = ()
+    """Of weights and computation; empty: float32, and bf16 where the device computes in it."""
+    passes: tuple[Pass, ...] = get_args(Pass)
+    device: str = "cpu"
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        check(0 < self.share <= 1, f"share={self.share} must lie in (0, 1]")
+        check(self.rounds >= 2, f"rounds={self.rounds} must be at least 2")
+        sizes = [*self.num_tokens, *(size for shape in self.shapes for size in shape)]
+        check(min(sizes, default=1) >= 1, "shapes and num_tokens must be at least 1")
+        for name in self.structures:
+            STRUCTURES[name]  # raises for an unknown one
+        for name in self.dtypes:
+            check(name in DTYPES, f"dtype {name!r} must be one of {', '.join(DTYPES)}")
+        for name in self.passes:
+            check(name in get_args(Pass), f"pass {name!r} must be one of {get_args(Pass)}")
+
+    @property
+    def dtype_names(self) -> tuple[str, ...]:
+        """The dtypes to measure."""
+        kind = torch.device(self.device).type
+        return self.dtypes or (("fp32", "bf16") if has_fast_bf16(kind) else ("fp32",))
+
+    def configs(self, in_features: int, out_features: int) -> dict[str, StructureConfig]:
+        """Structure -> its config at the share; block_shuffle without its last shuffle."""
+        found = {}
+        for name in self.structures:
+            empty = STRUCTURES[name]()
+            if isinstance(empty, BlockShuffleConfig):
+                empty = empty.replace(output_shuffle=False)
+            try:
+                config = empty.for_param_ratio(
+                    in_features, out_features, self.share, multiple_of=16
+                )
+                config.validate(in_features, out_features)
+            except ConfigError as error:
+                raise ConfigError(f"{name} for {in_features}x{out_features}: {error}") from None
+            found[name] = config
+        return found
