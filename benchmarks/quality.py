@@ -151,10 +151,7 @@ class Plan:
         for seed in self.values["seeds"][1:]:
             for name in names:
                 for run in self._full(name, rows[name], seed):
-                    if (
-                        name in (self.values["budget_row"], "wide", "wide_gqa")
-                        or "-T-" not in run.name
-                    ):
+                    if name in names[:3] or "-T-" not in run.name:
                         yield run
 
     def _longer(self) -> Iterator[Run]:
@@ -355,12 +352,9 @@ class Queue:
         recipe.write_text(yaml.safe_dump(run.config(recipes).to_dict(), sort_keys=False))
         command = [sys.executable, "-m", "factorlm", "train", str(recipe), "--runs-dir", str(RUNS)]
         with (RUNS / f"{run.name}.log").open("ab") as log:
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
             child = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,
+                command, stdout=log, stderr=log, env=env, start_new_session=True
             )
             self.children.append(child)
             return child.wait()
