@@ -180,9 +180,11 @@ class CaseTimes(TypedDict):
     spread_ms: float
     """Distance between the quartiles of the rounds."""
     speedup: float
-    """The baseline's time by this one's, the middle of the ratios within a round."""
+    """The baseline's time a token by this one's, the middle of the ratios within a round."""
     ideal_speedup: float | None
     """What the FLOPs or bytes allow; None where nothing says."""
+    num_tokens: int | None
+    """Tokens that one call makes or reads, where cases differ in it; speed-ups are per token."""
 
 
 class BarResult(TypedDict):

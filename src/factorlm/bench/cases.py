@@ -19,6 +19,8 @@ class BenchmarkCase:
     run: Callable[[], object]
     ideal_speedup: float | None = None
     """Against the baseline, by FLOPs or bytes alone."""
+    num_tokens: int | None = None
+    """Tokens that a call makes or reads, where cases differ in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ def measure_cases(
         synchronize=_synchronizer(device),
     )
     timings = Timings(found)
+    baseline_tokens = cases[baseline].num_tokens or 1
     return BenchmarkRecord(
         benchmark=benchmark,
         settings=dict(settings),
@@ -87,10 +90,11 @@ def measure_cases(
             name: CaseTimes(
                 median_ms=times.median_ms,
                 spread_ms=times.spread_ms,
-                speedup=timings.ratio(baseline, name),
-                ideal_speedup=cases[name].ideal_speedup,
+                speedup=timings.ratio(baseline, name) * (case.num_tokens or 1) / baseline_tokens,
+                ideal_speedup=case.ideal_speedup,
+                num_tokens=case.num_tokens,
             )
-            for name, times in found.items()
+            for (name, case), times in zip(cases.items(), found.values(), strict=True)
         },
         bars=[bar.to_result() for bar in bars(timings)],
     )

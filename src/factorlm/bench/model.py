@@ -31,12 +31,18 @@ class ModelShape(Config):
     num_layers: int = 12
     vocab_size: int = 4096
     context_length: int = 256
+    num_key_value_heads: int | None = None
+    """None: as many as heads."""
 
     def __post_init__(self) -> None:
         width, layers = self.width, self.num_layers
         rule = f"must be a multiple of the head size, {HEAD_DIM}"
         check(width >= 1 and width % HEAD_DIM == 0, f"width={width} {rule}")
         check(layers >= 2, f"num_layers={layers} must be at least 2: the first FFN is dense")
+
+    def with_grouped_queries(self) -> ModelShape:
+        """The same with half as many key and value heads, at least one."""
+        return self.replace(num_key_value_heads=max(1, self.width // HEAD_DIM // 2))
 
     def build(self, structure: str | None, options: BenchOptions) -> PreTrainedModel:
         """With fresh weights in float32; ``structure`` None is dense."""
@@ -51,7 +57,7 @@ class ModelShape(Config):
             intermediate_size=4 * self.width,
             num_hidden_layers=self.num_layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads,
+            num_key_value_heads=self.num_key_value_heads or heads,
             head_dim=HEAD_DIM,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.context_length,

@@ -20,6 +20,9 @@ benchmarks:
   kernel      one linear layer, each structure beside dense and beside its bare matmuls
   ffn         a whole FFN: up, GELU, down, with biases
   model       a training step of a GPT whose first FFN is dense
+  decode      greedy generation of such a GPT, beside generate of Hugging Face
+  throughput  the most tokens a second: each model at its best batch size, with and without
+              grouped queries, at a generation length of 256 unless --new-tokens says otherwise
 
 Cases take turns, so that what drifts meets all of them; medians and quartiles over --rounds.
 Results are compared with a dense product in float64 before anything is timed. A bar is a promise
@@ -31,9 +34,9 @@ examples:
   factorlm bench kernel --shapes 1024x4096 --tokens 1 16 256 4096 --passes forward
   factorlm bench ffn --structures low_rank --output reports/speed/records/ffn.jsonl
   factorlm bench model --tokens 8192 --structures low_rank --rounds 5
-  factorlm bench model --width 256 --layers 6 --tokens 4096
+  factorlm bench decode --width 1024 --structures low_rank --batch-sizes 1 8
 """
-BENCHMARKS = ("kernel", "ffn", "model")
+BENCHMARKS = ("kernel", "ffn", "model", "decode", "throughput")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="(default: 4096)")
     parser.add_argument("--width", type=int, default=768, help="of a model (default: 768)")
     parser.add_argument("--layers", type=int, default=12, help="of a model (default: 12)")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, metavar="B", help="of decode (default: 1 8)"
+    )
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="of decode (default: 64)")
     parser.add_argument("--structures", nargs="+", metavar="NAME", help="(default: all three)")
     parser.add_argument(
         "--share",
@@ -95,15 +102,27 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _records(args: argparse.Namespace, options: BenchOptions) -> Iterator[BenchmarkRecord]:
+    from factorlm.bench.decode import DecodeOptions, benchmark_decode
     from factorlm.bench.ffn import benchmark_ffn
     from factorlm.bench.kernel import benchmark_kernel
     from factorlm.bench.model import ModelShape, benchmark_model
+    from factorlm.bench.throughput import benchmark_throughput
 
     if args.benchmark == "kernel":
         return benchmark_kernel(options)
     if args.benchmark == "ffn":
         return benchmark_ffn(options)
-    return benchmark_model(options, ModelShape(width=args.width, num_layers=args.layers))
+    is_throughput = args.benchmark == "throughput"
+    decode = DecodeOptions(
+        batch_sizes=tuple(args.batch_sizes or (1, 8)),
+        num_new_tokens=args.new_tokens or (256 if is_throughput else 64),
+    )
+    length = decode.num_prompt_tokens + decode.num_new_tokens
+    shape = ModelShape(width=args.width, num_layers=args.layers, context_length=max(256, length))
+    if args.benchmark == "model":
+        return benchmark_model(options, shape)
+    run = benchmark_throughput if is_throughput else benchmark_decode
+    return run(options, shape, decode)
 
 
 def _options(args: argparse.Namespace) -> BenchOptions:

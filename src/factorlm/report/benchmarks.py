@@ -67,6 +67,6 @@ def _setting(key: str, value: Any) -> str:
         return "x".join(str(size) for size in value)
     if key == "num_tokens":
         return f"{value:,} token{'s' if value != 1 else ''}"
-    if isinstance(value, dict):
+    if value is None or isinstance(value, dict):
         return ""
     return value if isinstance(value, str) else f"{key.removeprefix('num_')} {value}"

@@ -1,0 +1,158 @@
+"""Greedy generation: dense and each structure with our decoder, and with Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
+from factorlm.bench.model import ModelShape
+from factorlm.bench.options import DTYPES, BenchOptions
+from factorlm.config import Config, check
+from factorlm.errors import NumericError
+from factorlm.inference import Decoder, Sampling
+from factorlm.records import BenchmarkRecord
+
+GREEDY = Sampling(greedy=True)
+NUM_CHECKED = 8
+"""Tokens that are compared with Hugging Face's before anything is timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(Config):
+    """What is generated."""
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    num_prompt_tokens: int = 8
+    num_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompt_tokens", "num_new_tokens"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name}={value} must be at least 1")
+        smallest = min(self.batch_sizes, default=0)
+        check(smallest >= 1, f"batch_sizes={self.batch_sizes} must be at least 1")
+
+
+def benchmark_decode(
+    options: BenchOptions, shape: ModelShape, decode: DecodeOptions
+) -> Iterator[BenchmarkRecord]:
+    """A record for each dtype and batch size."""
+    names = ("dense", *options.structures)
+    models = {name: build(name, options, shape, decode) for name in names}
+    for dtype in options.dtype_names:
+        for model in models.values():
+            model.to(DTYPES[dtype])
+        for batch_size in decode.batch_sizes:
+            yield measure_decode(options, shape, decode, models, dtype, batch_size)
+
+
+def build(
+    name: str, options: BenchOptions, shape: ModelShape, decode: DecodeOptions
+) -> PreTrainedModel:
+    """In eval mode, its tokens compared with Hugging Face's in float32 (``NumericError``)."""
+    model = shape.build(None if name == "dense" else name, options).eval()
+    few = decode.replace(num_new_tokens=min(NUM_CHECKED, decode.num_new_tokens))
+    ours, theirs = ours_of(model, 1, few)(), huggingface_of(model, 1, few)()
+    if not torch.equal(ours, theirs):
+        raise NumericError(f"{name}: the decoder's tokens differ from those of generate")
+    return model
+
+
+def measure_decode(
+    options: BenchOptions,
+    shape: ModelShape,
+    decode: DecodeOptions,
+    models: Mapping[str, PreTrainedModel],
+    dtype: str,
+    batch_size: int,
+) -> BenchmarkRecord:
+    """Time whole generations, the prompt included."""
+    num_bytes = {name: weight_bytes(model) for name, model in models.items()}
+    num_tokens = batch_size * decode.num_new_tokens
+    cases = {}
+    for name, model in models.items():
+        ideal = None if name == "dense" else num_bytes["dense"] / num_bytes[name]
+        for label, runner in ((name, ours_of), (f"{name}, HF", huggingface_of)):
+            run = runner(model, batch_size, decode)
+            cases[label] = BenchmarkCase(run=run, ideal_speedup=ideal, num_tokens=num_tokens)
+    settings = asdict(shape) | {
+        "batch_size": batch_size,
+        "num_prompt_tokens": decode.num_prompt_tokens,
+        "num_new_tokens": decode.num_new_tokens,
+        "dtype": dtype,
+        "share": options.share,
+    }
+    bars = partial(decode_bars, num_bytes, batch_size) if shape.width >= 1024 else no_bars
+    return measure_cases(
+        "decode",
+        settings,
+        cases,
+        device=torch.device(options.device),
+        rounds=options.rounds,
+        min_round_ms=1.0,
+        bars=bars,
+    )
+
+
+def decode_bars(num_bytes: Mapping[str, int], batch_size: int, times: Timings) -> list[Bar]:
+    """low_rank against the bytes that one token has to read, and against Hugging Face."""
+    if "low_rank" not in times:
+        return []
+    name = "low_rank with generate of Hugging Face / with ours"
+    value = times.ratio("low_rank, HF", "low_rank")
+    bars = [Bar(name=name, value=value, limit=1.25, at_most=False)]
+    if batch_size == 1:
+        name = "dense / low_rank, by the ratio of their bytes"
+        value = times.ratio("dense", "low_rank") * num_bytes["low_rank"] / num_bytes["dense"]
+        bars.append(Bar(name=name, value=value, limit=0.85, at_most=False))
+    return bars
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a token reads: all but the rows of an untied embedding."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    left_out = 0 if embedding is head else embedding.nbytes
+    return sum(parameter.nbytes for parameter in model.parameters()) - left_out
+
+
+def ours_of(
+    model: PreTrainedModel, batch_size: int, decode: DecodeOptions
+) -> Callable[[], torch.Tensor]:
+    """Greedy generation with ``Decoder``; new ids (B, num_new_tokens)."""
+    decoder = Decoder(model)
+    prompts = _prompts(model, batch_size, decode).tolist()
+    count = decode.num_new_tokens
+    return lambda: decoder.generate(prompts, max_new_tokens=count, sampling=GREEDY).ids
+
+
+def huggingface_of(
+    model: PreTrainedModel, batch_size: int, decode: DecodeOptions
+) -> Callable[[], torch.Tensor]:
+    """The same with the model's own ``generate``, as its users call it."""
+    ids = _prompts(model, batch_size, decode).to(model.device)
+    mask, count = torch.ones_like(ids), decode.num_new_tokens
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        whole = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=count,
+            pad_token_id=0,
+        )
+        return whole[:, ids.shape[1] :].cpu()
+
+    return run
+
+
+def _prompts(model: PreTrainedModel, batch_size: int, decode: DecodeOptions) -> torch.Tensor:
+    size = (batch_size, decode.num_prompt_tokens)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, size, generator=generator)
