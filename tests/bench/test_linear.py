@@ -136,7 +136,7 @@ def test_the_ffn_is_that_of_transformers() -> None:
     from transformers import Starcoder2Config
     from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
-    config = Starcoder2Config(hidden_size=8, intermediate_size=32, residual_dropout=0.0)
+    config = Starcoder2Config(hidden_size=8, intermediate_size=32, hidden_act="gelu")
     theirs = Starcoder2MLP(config).eval()
     x = torch.randn(3, 8)
     torch.testing.assert_close(FFN(theirs.c_fc, theirs.c_proj)(x), theirs(x))
