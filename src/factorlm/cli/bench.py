@@ -31,7 +31,7 @@ nothing while another job runs.
 
 examples:
   factorlm bench kernel
-  factorlm bench kernel --shapes 1024x4096 --tokens 1 16 256 4096 --passes forward
+  factorlm bench kernel --shapes 1024x4096 --tokens 1 16 256 4096 --plot latency.png
   factorlm bench ffn --structures low_rank --output reports/speed/records/ffn.jsonl
   factorlm bench model --tokens 8192 --structures low_rank --rounds 5
   factorlm bench decode --width 1024 --structures low_rank --batch-sizes 1 8
@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--rounds", type=int, metavar="N", help="of all cases (default: 15)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the records to it")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw latency and speed-up against the tokens or widths: .png, .svg or .pdf",
+    )
     parser.add_argument("--strict", action="store_true", help="exit 1 where a bar is missed")
 
 
@@ -82,13 +88,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from factorlm.measure import has_fast_bf16
     from factorlm.records import RecordFile
     from factorlm.report.benchmarks import bar_line, benchmark_table, benchmark_title, is_met
+    from factorlm.report.speed import plot_speed
 
     options = _options(args)
-    if args.output is not None:
-        check(args.output.parent.is_dir(), f"--output {args.output}: no such folder")
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        check(path is None or path.parent.is_dir(), f"{flag} {path}: no such folder")
     if not options.dtypes and not has_fast_bf16(options.device.partition(":")[0]):
         print("bf16 left out: this device does not compute in it", file=sys.stderr)
-    missed = 0
+    missed, records = 0, []
     for record in _records(args, options):
         print(benchmark_title(record))
         print(benchmark_table(record).plain())
@@ -98,6 +105,9 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         print(flush=True)
         if args.output is not None:
             RecordFile(args.output).append(record)
+        records.append(record)
+    if args.plot is not None:
+        plot_speed(records, args.plot)
     return 1 if missed and args.strict else 0
 
 

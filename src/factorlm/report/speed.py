@@ -1,0 +1,114 @@
+"""Pictures of benchmark records: latency against width, latency against tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factorlm.config import check
+from factorlm.records import BenchmarkRecord
+from factorlm.report.figures import COLORS, save_picture
+from factorlm.report.tables import format_tick
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXES = {"num_tokens": "tokens", "width": "width (inputs of the layer)"}
+"""Settings that an axis can show, and what the axis says."""
+
+
+def plot_speed(records: Sequence[BenchmarkRecord], path: str | os.PathLike[str]) -> Path:
+    """Latency and speed-up of every case against tokens, or against width where that varies.
+
+    A panel pair for each benchmark, dtype and pass. Bands are the quartiles; dashed lines are the
+    speed-ups that FLOPs or bytes allow. Raises ``ConfigError`` where neither varies, for another
+    suffix, and where matplotlib is missing.
+    """
+    groups: dict[tuple[str, ...], list[BenchmarkRecord]] = {}
+    for record in records:
+        groups.setdefault(_group(record), []).append(record)
+    varying = {key: found for key, found in groups.items() if _axis(found) is not None}
+    check(bool(varying), "nothing to draw: neither the tokens nor the width vary")
+    return save_picture(lambda: _draw(varying), path)
+
+
+def _group(record: BenchmarkRecord) -> tuple[str, ...]:
+    settings = record.settings
+    parts = (record.benchmark, settings.get("dtype"), settings.get("pass"))
+    return tuple(str(part) for part in parts if part is not None)
+
+
+def _value(record: BenchmarkRecord, axis: str) -> float:
+    if axis == "width" and "shape" in record.settings:
+        return float(record.settings["shape"][0])
+    return float(record.settings.get(axis, 0))
+
+
+def _axis(records: Sequence[BenchmarkRecord]) -> str | None:
+    """The setting with most values, if it has more than one."""
+    counts = {axis: len({_value(record, axis) for record in records}) for axis in AXES}
+    best = max(counts, key=lambda axis: counts[axis])
+    return best if counts[best] > 1 else None
+
+
+def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8 * len(groups)), layout="constrained")
+    rows = figure.subplots(len(groups), 2, squeeze=False)
+    for (latency, speedup), (key, records) in zip(rows, groups.items(), strict=True):
+        axis = _axis(records)
+        assert axis is not None
+        others = {_other(record, axis) for record in records}
+        for style, other in zip(("-", ":", "-."), sorted(others), strict=False):
+            chosen = [record for record in records if _other(record, axis) == other]
+            _draw_cases(latency, speedup, chosen, axis, style)
+        latency.set(title=", ".join(key), ylabel="latency (ms)", yscale="log")
+        speedup.set(ylabel="speed-up over dense")
+        speedup.axhline(1.0, color="#888888", lw=1)
+        for axes in (latency, speedup):
+            _finish(axes, axis)
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6)
+    return figure
+
+
+def _other(record: BenchmarkRecord, axis: str) -> float:
+    """What tells lines of one case apart: the setting that is not on the axis."""
+    (other,) = (name for name in AXES if name != axis)
+    return _value(record, other)
+
+
+def _draw_cases(
+    latency: Axes, speedup: Axes, records: Sequence[BenchmarkRecord], axis: str, style: str
+) -> None:
+    ordered = sorted(records, key=lambda record: _value(record, axis))
+    names = list(dict.fromkeys(name for record in ordered for name in record.cases))
+    for index, name in enumerate(names):
+        found = [record for record in ordered if name in record.cases]
+        x = [_value(record, axis) for record in found]
+        cases = [record.cases[name] for record in found]
+        look: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "ls": style, "lw": 1.6}
+        label = name if style == "-" else None
+        latency.plot(
+            x, [case["median_ms"] for case in cases], marker="o", ms=3.5, label=label, **look
+        )
+        low = [case["median_ms"] - case["spread_ms"] / 2 for case in cases]
+        high = [case["median_ms"] + case["spread_ms"] / 2 for case in cases]
+        latency.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
+        ideals = [case["ideal_speedup"] for case in cases if case["ideal_speedup"] is not None]
+        if len(ideals) == len(cases):
+            speedup.plot(x, [case["speedup"] for case in cases], marker="o", ms=3.5, **look)
+            speedup.plot(x, ideals, color=look["color"], ls="--", lw=0.9)
+
+
+def _finish(axes: Axes, axis: str) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(AXES[axis])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
