@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 AXES = {"num_tokens": "tokens", "width": "width (inputs of the layer)"}
 """Settings that an axis can show, and what the axis says."""
+STYLES = {"-": "solid", ":": "dotted", "-.": "dash-dotted"}
+"""Of lines that differ in the other setting; more than three are not drawn."""
 
 
 def plot_speed(records: Sequence[BenchmarkRecord], path: str | os.PathLike[str]) -> Path:
@@ -62,11 +64,12 @@ def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure
     for (latency, speedup), (key, records) in zip(rows, groups.items(), strict=True):
         axis = _axis(records)
         assert axis is not None
-        others = {_other(record, axis) for record in records}
-        for style, other in zip(("-", ":", "-."), sorted(others), strict=False):
+        others = sorted({_other(record, axis) for record in records})
+        for style, other in zip(STYLES, others, strict=False):
             chosen = [record for record in records if _other(record, axis) == other]
             _draw_cases(latency, speedup, chosen, axis, style)
-        latency.set(title=", ".join(key), ylabel="latency (ms)", yscale="log")
+        latency.set(ylabel="latency (ms)", yscale="log")
+        latency.set_title(_title(key, axis, others), loc="left")
         speedup.set(ylabel="speed-up over dense")
         speedup.axhline(1.0, color="#888888", lw=1)
         for axes in (latency, speedup):
@@ -74,6 +77,17 @@ def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=6)
     return figure
+
+
+def _title(key: Sequence[str], axis: str, others: Sequence[float]) -> str:
+    """``kernel, fp32, forward (solid: width 768, dotted: 2048)``."""
+    text = ", ".join(key)
+    if len(others) == 1:
+        return text
+    (other,) = (name.removeprefix("num_") for name in AXES if name != axis)
+    pairs = zip(STYLES.values(), others, strict=False)
+    lines = ", ".join(f"{name}: {value:g}" for name, value in pairs)
+    return f"{text} ({other}, {lines})"
 
 
 def _other(record: BenchmarkRecord, axis: str) -> float:
