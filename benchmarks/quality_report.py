@@ -106,6 +106,39 @@ def full_table(results: Mapping[str, Result]) -> str:
     return table(header, rows)
 
 
+def explored_table(results: Mapping[str, Result]) -> str:
+    """What else was tried, from the best to the worst."""
+    found = [r for name, r in results.items() if name.startswith(("explore-", "longer-"))]
+    rows = []
+    for result in sorted(found, key=lambda r: (r.name.split("-")[0], r.loss)):
+        run, config = result.run, result.run.config
+        rows.append(
+            [
+                result.name,
+                f"{config['optimizer']['learning_rate']:g}",
+                f"{run.num_non_embedding_params / 1e3:,.0f}",
+                f"{run.num_steps * run.tokens_per_step / 1e6:.2f}",
+                f"{run.executed_flops or 0:.3e}",
+                f"{result.loss:.4f}",
+            ]
+        )
+    header = ["run", "rate", "K parameters beside the embedding", "M tokens"]
+    return table([*header, "executed FLOPs", "loss"], rows)
+
+
+def guidance_table(results: Mapping[str, Result]) -> str:
+    """Where G beats C: the difference of pairs with one seed."""
+    pairs: dict[str, list[float]] = defaultdict(list)
+    for name, result in results.items():
+        other = results.get(name.replace("-C", "-G"))
+        if "-C" in name and other is not None:
+            row = name.partition("-C")[0]
+            pairs[row].append(other.loss - result.loss)
+    return table(
+        ["row", "G − C, nats"], [[row, interval(found)] for row, found in sorted(pairs.items())]
+    )
+
+
 def sweep_table(results: Mapping[str, Result]) -> tuple[str, dict[str, dict[float, float]]]:
     """Rows against learning rates."""
     sweeps: dict[str, dict[float, float]] = defaultdict(dict)
@@ -157,6 +190,10 @@ def main() -> None:
     parts = ["<!-- written by benchmarks/quality_report.py -->\n"]
     parts.append(f"# Results so far: {len(results)} runs\n")
     parts.append("## At the full number of tokens\n\n" + full_table(results) + "\n")
+    if any(name.startswith(("explore-", "longer-")) for name in results):
+        parts.append("## What else was tried\n\n" + explored_table(results) + "\n")
+    if any("-G" in name for name in results):
+        parts.append("## What guidance wins\n\n" + guidance_table(results) + "\n")
     parts.append("## Learning rates, at a quarter of the tokens\n\n" + sweeps + "\n")
     if curves:
         draw_curves(curves, "Tuning at a quarter of the tokens", REPORT / "sweeps.png")

@@ -120,7 +120,7 @@ def read_run(path: str | os.PathLike[str]) -> RunSummary:
         run=runs[-1],
         steps=tuple(steps),
         evals=tuple(e for e in _of_type(records, EvalRecord) if e.source == VALIDATION),
-        generation=generations[-1] if generations else None,
+        generation=next((g for g in reversed(generations) if g.batch_size == 1), None),
         is_finished=any(event.event == "finished" for event in events),
         monitors=tuple(_of_type(records, MonitorRecord)),
         spikes=tuple(event for event in events if event.event == LOSS_SPIKE),
