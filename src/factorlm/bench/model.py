@@ -87,7 +87,7 @@ def measure_model(
     }
     cases = {
         name: BenchmarkCase(
-            run=_training_step(model, rows, shape, dtype),
+            run=training_step(model, rows, shape, dtype),
             ideal_speedup=None if name == "dense" else flops["dense"] / flops[name],
         )
         for name, model in models.items()
@@ -117,9 +117,10 @@ def model_bars(flops: Mapping[str, float], times: Timings) -> list[Bar]:
     return [Bar(name=name, value=value, limit=0.9, at_most=False)]
 
 
-def _training_step(
+def training_step(
     model: PreTrainedModel, rows: int, shape: ModelShape, dtype: str
 ) -> Callable[[], None]:
+    """Forward, backward, clipping and AdamW on random tokens; bf16 is autocast's."""
     model.train()
     loss_of = CausalLMLoss(model)
     optimizer = build_optimizer(model, learning_rate=1e-4)
