@@ -1,18 +1,22 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorlm.data.tokenizer_building import build_tokenizer
-from factorlm.errors import CheckpointError, ConfigError
-from factorlm.inference import Generation, Sampling, generate_text, load_text_tokenizer
+from factorlm.errors import ConfigError
+from factorlm.inference import (
+    Generation,
+    Sampling,
+    generate_text,
+    generate_texts,
+    load_text_tokenizer,
+)
 from factorlm.testing.models import tiny_model
 
 EOS = 256
+GREEDY = Sampling(greedy=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +143,59 @@ def test_refuses_what_does_not_fit(
         generate_text(model, tokenizer, "a" * 64)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"top_p": 1.5}, r"top_p=1\.5 must lie in"),
-    ],
-)
-def test_sampling_names_a_wrong_field(fields: dict[str, float], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Sampling(**fields)  # type: ignore[arg-type]
+def test_batch_is_its_rows_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = ["ab c", "", "a longer prompt", "x"]
+    streamed = [""] * len(prompts)
+
+    def on_text(row: int, text: str) -> None:
+        streamed[row] += text
+
+    found = generate_texts(
+        model, tokenizer, prompts, max_new_tokens=15, sampling=GREEDY, on_text=on_text
+    )
+    alone = [
+        generate_text(model, tokenizer, prompt, max_new_tokens=15, sampling=GREEDY)
+        for prompt in prompts
+    ]
+    assert [one.text for one in found] == [one.text for one in alone] == streamed
+    assert [one.num_prompt_tokens for one in found] == [4, 1, 15, 1]
+    assert len({one.prefill_seconds for one in found}) == 1
 
 
-def test_folder_without_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="no tokenizer that can be opened"):
-        load_text_tokenizer(tmp_path)
+def test_each_row_ends_at_its_first_stop_string(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = ["ab c", "hello", "x"]
+    free = [
+        one.text
+        for one in generate_texts(model, tokenizer, prompts, max_new_tokens=30, sampling=GREEDY)
+    ]
+    stop = (free[0][5:8], free[1][11:14])
+    streamed = [""] * len(prompts)
+
+    def on_text(row: int, text: str) -> None:
+        streamed[row] += text
+
+    found = generate_texts(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=30,
+        sampling=GREEDY,
+        stop=stop,
+        on_text=on_text,
+    )
+    for text, one, seen in zip(free, found, streamed, strict=True):
+        places = [text.index(string) for string in stop if string in text]
+        end = min(places, default=len(text))
+        assert one.text == seen == text[:end]
+        assert one.num_new_tokens == (end + 3 if places else 30)
+        assert len(one.decode_ms) == one.num_new_tokens - 1
+    assert len({one.num_new_tokens for one in found}) > 1
+
+
+def test_no_prompt_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match=r"prompts=\[\] must have at least one row"):
+        generate_texts(model, tokenizer, [])

@@ -1,50 +1,20 @@
-"""Generate text with Hugging Face's ``generate``, streamed and timed."""
+"""Generate text: prompts in, their continuations out, streamed and timed."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factorlm.config import Config, check
-from factorlm.errors import CheckpointError
+from factorlm.config import check
+from factorlm.inference.decoder import Decoder, TokenGeneration, check_room, room
+from factorlm.inference.sampling import Sampling
+from factorlm.inference.text import TextStream
 
 DEFAULT_NEW_TOKENS = 200
 WARM_UP_TOKENS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(Config):
-    """How the next token is chosen from the model's distribution."""
-
-    greedy: bool = False
-    """Always the most likely token; the other fields mean nothing then."""
-    temperature: float = 0.8
-    top_k: int | None = None
-    """Only among the k most likely tokens; None: all."""
-    top_p: float | None = 0.95
-    """Only among the most likely tokens that hold this probability together; None: all."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rule = "must be above 0 (greedy takes the most likely token)"
-        check(self.temperature > 0, f"temperature={self.temperature} {rule}")
-        check(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k} must be at least 1")
-        top_p = self.top_p
-        check(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +22,12 @@ class Generation:
     """A text that a model went on with, and how long it took."""
 
     text: str
-    """Without the prompt."""
+    """Without the prompt, and up to the stop string that ended it."""
     num_prompt_tokens: int
     num_new_tokens: int
+    """Those that ended the text count."""
     prefill_seconds: float
-    """Until the first new token."""
+    """Until the first new token; of a batch, the first of all rows."""
     decode_ms: tuple[float, ...]
     """Of each later token, (num_new_tokens - 1)."""
 
@@ -73,15 +44,6 @@ class Generation:
         return 1000 / statistics.median(self.decode_ms)
 
 
-def load_text_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model's folder. Raises ``CheckpointError`` if there is none."""
-    folder = Path(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer that can be opened: {error}") from error
-
-
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,121 +51,97 @@ def generate_text(
     *,
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
-    on_text: Callable[[str], None] = lambda text: None,
+    stop: Sequence[str] = (),
+    on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Go on with ``prompt`` until the end-of-text token or ``max_new_tokens``.
+    """Go on with one prompt; ``on_text`` gets the new text as it comes. See ``generate_texts``."""
+    (found,) = generate_texts(
+        model,
+        tokenizer,
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        on_text=None if on_text is None else lambda row, text: on_text(text),
+    )
+    return found
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """Go on with each prompt, all in one batch, until the end-of-text token, a string of ``stop``
+    or ``max_new_tokens``.
 
     None stands for 200 tokens, or as many as the model has positions for; an empty prompt begins
-    a new document. ``on_text`` gets the new text as it comes. A short generation before warms up,
-    so that times are those of a process that serves. Raises ``ConfigError`` where the tokens do
-    not fit the model's positions.
+    a new document. A stop string is not part of the text. ``on_text`` gets a row and its new text
+    as it comes. A short generation before warms up, so that times are those of a process that
+    serves. Raises ``ConfigError`` where the tokens do not fit the model's positions.
     """
-    prompt_ids = _encode(tokenizer, prompt).to(model.device)
-    num_prompt_tokens = prompt_ids.shape[1]
-    count = _num_new_tokens(model, num_prompt_tokens, max_new_tokens)
-    config = _generation_config(model, tokenizer, sampling or Sampling(), count)
-    warm_up_count = min(count, WARM_UP_TOKENS)
-    warm_up = _generation_config(model, tokenizer, Sampling(greedy=True), warm_up_count)
-    timer = _TimedStreamer(tokenizer, on_text)
-    with torch.random.fork_rng(), torch.no_grad():
-        _run(model, prompt_ids, warm_up, None)
-        torch.manual_seed((sampling or Sampling()).seed)
-        timer.start()
-        ids = _run(model, prompt_ids, config, timer)
-    new_ids = ids[0, num_prompt_tokens:]
-    return Generation(
-        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
-        num_prompt_tokens=num_prompt_tokens,
-        num_new_tokens=len(new_ids),
-        prefill_seconds=timer.token_seconds[0],
-        decode_ms=tuple(1000 * seconds for seconds in timer.token_seconds[1:]),
+    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, ids), default=0)
+    count = _num_new_tokens(model, longest, max_new_tokens)
+    streams = [TextStream(tokenizer, stop, _of_row(on_text, row)) for row in range(len(ids))]
+    eos_ids = _eos_ids(model, tokenizer)
+    decoder = Decoder(model, max_length=longest + count)
+    warm_up = min(count, WARM_UP_TOKENS)
+    decoder.generate(ids, max_new_tokens=warm_up, sampling=Sampling(greedy=True))
+    done = decoder.generate(
+        ids,
+        max_new_tokens=count,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=min(eos_ids, default=0),
+        on_token=lambda row, token: streams[row].add(token),
     )
+    for stream in streams:
+        stream.finish()
+    return [_generation(done, row, stream.text) for row, stream in enumerate(streams)]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     check(ids[0] is not None, f"prompt={prompt!r} has no token, and the tokenizer no eos_token")
-    return torch.tensor([ids])
+    return ids
 
 
 def _num_new_tokens(model: PreTrainedModel, num_prompt_tokens: int, wanted: int | None) -> int:
     """How many tokens to generate at most; raises ``ConfigError`` if they do not fit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = None if limit is None else limit - num_prompt_tokens
     if wanted is None:
-        wanted = DEFAULT_NEW_TOKENS if room is None else max(1, min(DEFAULT_NEW_TOKENS, room))
-    check(wanted >= 1, f"max_new_tokens={wanted} must be at least 1")
-    check(
-        room is None or wanted <= room,
-        f"max_new_tokens={wanted} after a prompt of {num_prompt_tokens} tokens exceeds the "
-        f"model's max_position_embeddings={limit}",
-    )
+        free = room(model, num_prompt_tokens)
+        wanted = DEFAULT_NEW_TOKENS if free is None else max(1, min(DEFAULT_NEW_TOKENS, free))
+    check_room(model, num_prompt_tokens, wanted)
     return wanted
 
 
-def _generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    max_new_tokens: int,
-) -> GenerationConfig:
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's end of text; the model's own where the tokenizer has none."""
     own = model.generation_config
     eos = tokenizer.eos_token_id
     if eos is None:
         eos = None if own is None else own.eos_token_id
-    chosen = (
-        {}
-        if sampling.greedy
-        else {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k or 0,
-            "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
-        }
+    if eos is None:
+        return set()
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+def _of_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
+    return None if on_text is None else lambda text: on_text(row, text)
+
+
+def _generation(done: TokenGeneration, row: int, text: str) -> Generation:
+    count = done.num_new_tokens[row]
+    return Generation(
+        text=text,
+        num_prompt_tokens=done.num_prompt_tokens[row],
+        num_new_tokens=count,
+        prefill_seconds=done.prefill_seconds,
+        decode_ms=done.decode_ms[: count - 1],
     )
-    return GenerationConfig(
-        do_sample=not sampling.greedy,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=eos[0] if isinstance(eos, list) else eos,
-        **chosen,
-    )
-
-
-def _run(
-    model: PreTrainedModel,
-    prompt_ids: Tensor,
-    config: GenerationConfig,
-    streamer: TextStreamer | None,
-) -> Tensor:
-    output: Tensor = model.generate(
-        prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        generation_config=config,
-        streamer=streamer,
-    )
-    return output
-
-
-class _TimedStreamer(TextStreamer):
-    """Hands text on as it comes, and notes when each token did."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.token_seconds: list[float] = []
-        """Time of each new token since the one before, or since ``start``."""
-        self._on_text = on_text
-        self._since = 0.0
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            now = time.perf_counter()
-            self.token_seconds.append(now - self._since)
-            self._since = now
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)

@@ -1,0 +1,115 @@
+"""Decoding from a CUDA graph: one launch a token, however many kernels a model has.
+
+A graph replays kernels on fixed memory, so the cache and its mask have their full length and the
+place of the next token is a number on the device. Hugging Face's ``StaticCache`` is made for this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from factorlm.inference.steps import LastLogits, Steps
+
+NUM_WARM_UPS = 3
+"""Runs before the capture, in which libraries allocate what they need (PyTorch's own advice)."""
+
+
+class GraphSteps(Steps):
+    """Prompts are computed as usual; every later token replays one graph.
+
+    The graph is captured once, for ``batch`` rows of ``max_length`` tokens, and reads the weights
+    where they are: a model whose weights are replaced needs a new one.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, max_length: int) -> None:
+        self.max_length = max_length
+        device = model.device
+        self._logits = LastLogits(model)
+        self._cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self._token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        # Ones beyond the tokens so far are hidden by causality.
+        self._mask = torch.ones(batch, max_length, dtype=torch.long, device=device)
+        self._replay = capture(self._step)
+
+    def prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
+        """See ``Steps``."""
+        length = ids.shape[1]
+        pads = ids.new_zeros(len(ids)) if num_pads is None else num_pads
+        columns = torch.arange(self.max_length, device=ids.device)
+        self._mask.copy_(columns >= pads.unsqueeze(1))
+        self._position.copy_((length - pads).unsqueeze(1))
+        self._cache.reset()
+        positions = (columns[:length] - pads.unsqueeze(1)).clamp(min=0)
+        mask = None if num_pads is None else self._mask[:, :length]
+        return self._logits(ids, mask, positions, self._cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See ``Steps``."""
+        self._token.copy_(tokens.unsqueeze(1))
+        return self._replay()
+
+    def _step(self) -> Tensor:
+        """What is captured: reads and writes only memory that stays where it is."""
+        logits = self._logits(self._token, self._mask, self._position, self._cache)
+        self._position.add_(1)
+        return logits
+
+
+def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Capture ``step`` as a CUDA graph; the result replays it and returns the same tensor."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(NUM_WARM_UPS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def can_capture(model: PreTrainedModel, max_length: int) -> bool:
+    """Whether one graph serves every token of ``model``, up to ``max_length``.
+
+    The model is on one GPU, Hugging Face marks it as fit for compilation (no look at values on
+    the host), and every step is the same: see ``is_steady``.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    return on_one_gpu and model._can_compile_fullgraph and is_steady(model, max_length)
+
+
+def is_steady(model: PreTrainedModel, max_length: int) -> bool:
+    """Whether ``model`` computes the same way at every length up to ``max_length``.
+
+    Positions come from outside (ALiBi makes its own from the mask), rotary embeddings do not
+    change with the length, and no sliding window closes.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        "position_ids" in inspect.signature(model.forward).parameters
+        and not getattr(config, "alibi", False)
+        and rope.get("rope_type") not in ("dynamic", "longrope")
+        and max_length > NUM_WARM_UPS
+        and all(_stays_open(layer, max_length) for layer in DynamicCache(config=config).layers)
+    )
+
+
+def _stays_open(layer: object, max_length: int) -> bool:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= max_length
+    return type(layer) is DynamicLayer

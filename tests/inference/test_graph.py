@@ -1,0 +1,77 @@
+"""What a CUDA graph replays, run here without one; ``tests/gpu`` has the graph itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from factorlm import LowRankConfig, factorize_
+from factorlm.anatomy import anatomy_of
+from factorlm.inference import graph
+from factorlm.inference.graph import NUM_WARM_UPS, GraphSteps, can_capture, is_steady
+from factorlm.inference.steps import CachedSteps
+from factorlm.testing.models import TINY_CONFIGS, tiny_input_ids, tiny_model
+
+LENGTH, MAX_LENGTH = 7, 24
+NOT_STEADY = {"bloom", "mpt"}
+"""They make ALiBi from the mask."""
+
+
+@pytest.fixture(autouse=True)
+def _run_instead_of_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-ups leave their traces, as a capture's do."""
+
+    def run(step):
+        for _ in range(NUM_WARM_UPS):
+            step()
+        return step
+
+    monkeypatch.setattr(graph, "capture", run)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - NOT_STEADY))
+def test_fixed_memory_gives_the_logits_of_the_growing_one(family: str) -> None:
+    """Twice with the same graph: padded, then not."""
+    model = tiny_model(family, initializer_range=0.1)
+    if anatomy_of(model).ffn_linears:
+        factorize_(model, LowRankConfig(rank=6))
+    assert is_steady(model, MAX_LENGTH)
+    fixed, growing = GraphSteps(model, 3, MAX_LENGTH), CachedSteps(model, MAX_LENGTH)
+    for seed, num_pads in enumerate((torch.tensor([0, 2, 5]), None)):
+        ids = tiny_input_ids(batch=3, length=MAX_LENGTH, seed=seed)
+        prompts = ids[:, :LENGTH], num_pads
+        found, expected = fixed.prefill(*prompts), growing.prefill(*prompts)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for place in range(LENGTH, MAX_LENGTH - 1):
+            found, expected = fixed.step(ids[:, place]), growing.step(ids[:, place])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_step_writes_only_memory_that_stays() -> None:
+    model = tiny_model("llama")
+    steps = GraphSteps(model, 2, MAX_LENGTH)
+    layer = steps._cache.layers[0]
+    tensors = [layer.keys, layer.values, steps._token, steps._position, steps._mask]
+    where = [tensor.data_ptr() for tensor in tensors]
+    for seed in range(2):
+        steps.prefill(tiny_input_ids(batch=2, seed=seed), None)
+        steps.step(torch.tensor([5, 6]))
+    now = [layer.keys, layer.values, steps._token, steps._position, steps._mask]
+    assert [tensor.data_ptr() for tensor in now] == where
+    assert steps._position.tolist() == [[11], [11]]
+
+
+def test_what_changes_with_the_length_is_not_captured() -> None:
+    assert not any(is_steady(tiny_model(family), MAX_LENGTH) for family in NOT_STEADY)
+    assert not is_steady(tiny_model("falcon", alibi=True), MAX_LENGTH)
+    assert not is_steady(tiny_model("llama"), NUM_WARM_UPS)
+    mistral = tiny_model("mistral", sliding_window=8)
+    assert [is_steady(mistral, length) for length in (8, 9)] == [True, False]
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not is_steady(tiny_model("llama", rope_parameters=dynamic), MAX_LENGTH)
+
+
+def test_a_model_on_the_cpu_is_not_captured() -> None:
+    assert not can_capture(tiny_model("llama"), MAX_LENGTH)
