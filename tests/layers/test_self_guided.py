@@ -14,8 +14,9 @@ from factorlm.layers import (
     LowRankConfig,
     SelfGuidedLinear,
     StructureConfig,
+    saved_name,
 )
-from factorlm.layers.self_guided import GuideForm, merging_pays, saved_name
+from factorlm.layers.self_guided import GuideForm, merging_pays
 
 STRUCTURES = {
     "low_rank": LowRankConfig(rank=3),

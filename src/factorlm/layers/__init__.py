@@ -12,7 +12,9 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.dense import DenseConfig, DenseLinear
 from factorlm.layers.low_rank import LowRankConfig, LowRankLinear
-from factorlm.layers.self_guided import Guide, SelfGuidedLinear, saved_name
+from factorlm.layers.premerged import MergePolicy, PreMergedLinear
+from factorlm.layers.self_guided import Guide, SelfGuidedLinear
+from factorlm.layers.wrapper import StructuredWrapper, saved_name
 
 __all__ = [
     "STRUCTURES",
@@ -26,9 +28,12 @@ __all__ = [
     "Guide",
     "LowRankConfig",
     "LowRankLinear",
+    "MergePolicy",
+    "PreMergedLinear",
     "SelfGuidedLinear",
     "StructureConfig",
     "StructuredLinear",
+    "StructuredWrapper",
     "register_structure",
     "saved_name",
     "structure_from_target",

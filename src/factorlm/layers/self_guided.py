@@ -8,7 +8,7 @@ Letters: I = in_features, O = out_features, N = tokens.
 
 from __future__ import annotations
 
-from typing import Any, Literal, final, get_args
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,9 @@ from torch.nn.functional import linear
 from factorlm.config import check
 from factorlm.layers.base import StructuredLinear
 from factorlm.layers.config import StructureConfig
+from factorlm.layers.wrapper import StructuredWrapper
 
 GuideForm = Literal["auto", "merged", "two_path"]
-
-_WRAPPER_PARTS = frozenset({"structured", "_orig_mod", "_checkpoint_wrapped_module"})
-
-
-def saved_name(name: str) -> str:
-    """A module's or parameter's name as files have it, the parts that wrappers add left out."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
 def merging_pays(
@@ -73,7 +67,7 @@ class Guide(nn.Module):
 
 
 @final
-class SelfGuidedLinear(nn.Module):
+class SelfGuidedLinear(StructuredWrapper):
     """``structured`` with a dense guide beside it; see the module's docstring.
 
     ``form`` says how a guided pass is computed: ``two_path``, both maps on every token;
@@ -89,18 +83,15 @@ class SelfGuidedLinear(nn.Module):
     skipped: bool
 
     def __init__(self, structured: StructuredLinear, *, form: GuideForm = "auto") -> None:
-        super().__init__()
         check(form in get_args(GuideForm), f"form={form!r} must be one of {get_args(GuideForm)}")
+        super().__init__(structured)
         like = structured.get_parameter(structured.factors[0].name)
         self.form: GuideForm = form
-        self.structured = structured
         self.guide = Guide(
             structured.in_features, structured.out_features, device=like.device, dtype=like.dtype
         )
         self.register_buffer("alpha", torch.ones((), device=like.device), persistent=False)
         self.skipped = False
-        self.register_state_dict_post_hook(_named_as_saved)
-        self.register_load_state_dict_pre_hook(_named_as_held)
         if not like.is_meta:
             self.start_(structured)
         self.train(structured.training)
@@ -133,36 +124,6 @@ class SelfGuidedLinear(nn.Module):
         sizes = (structured.in_features, structured.out_features)
         return merging_pays(structured.config, *sizes, num_tokens)
 
-    @property
-    def weight(self) -> Tensor:
-        """The structured map as a detached dense weight, (O, I); see ``StructuredLinear``."""
-        return self.structured.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, (O,), which both maps share."""
-        return self.structured.bias
-
     def extra_repr(self) -> str:
         """How it is computed."""
         return f"form={self.form}"
-
-
-def _named_as_saved(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object
-) -> None:
-    """Leave ``structured`` out of the names of a state dict that was just made, in its order."""
-    held = f"{prefix}structured."
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        value = state_dict.pop(key)
-        state_dict[prefix + key[len(held) :] if key.startswith(held) else key] = value
-
-
-def _named_as_held(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: object
-) -> None:
-    """The reverse, on a state dict that is about to be loaded."""
-    parts = tuple(f"{prefix}{name}." for name in ("structured", "guide"))
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        if not key.startswith(parts):
-            state_dict[f"{prefix}structured.{key[len(prefix) :]}"] = state_dict.pop(key)

@@ -10,7 +10,8 @@ from torch import nn
 
 from factorlm.anatomy import LinearModule, anatomy_of, is_linear
 from factorlm.layers import StructuredLinear
-from factorlm.layers.self_guided import Guide, saved_name
+from factorlm.layers.self_guided import Guide
+from factorlm.layers.wrapper import saved_name
 from factorlm.optim.multipliers import factor_multipliers
 
 Role = Literal["pair", "matrix", "guide", "other"]

@@ -13,7 +13,7 @@ from factorlm.errors import ConfigError
 from factorlm.layers import StructuredLinear
 from factorlm.layers.self_guided import GuideForm, SelfGuidedLinear
 from factorlm.optim import GuideSchedule
-from factorlm.surgery.swap import replace_everywhere
+from factorlm.surgery.swap import check_not_premerged, replace_everywhere
 
 
 def guided_layers(model: nn.Module) -> dict[str, SelfGuidedLinear]:
@@ -30,9 +30,11 @@ def attach_guides_(model: nn.Module, *, form: GuideForm = "auto") -> list[str]:
 
     Each guide starts equal to its layer's map (on the meta device ``materialize_`` starts it).
     ``form`` is that of ``SelfGuidedLinear``. While guides are there ``save_pretrained`` refuses.
-    Raises ``ConfigError`` if there is no structured layer, or if there are guides already.
+    Raises ``ConfigError`` if there is no structured layer, or if there are guides or merged copies
+    already.
     """
     check(not guided_layers(model), f"{type(model).__name__} has guides already")
+    check_not_premerged(model)
     layers = {
         name: module
         for name, module in model.named_modules()

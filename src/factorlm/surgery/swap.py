@@ -21,7 +21,13 @@ from factorlm.anatomy import (
 )
 from factorlm.config import check
 from factorlm.errors import ConfigError
-from factorlm.layers import SelfGuidedLinear, StructureConfig, StructuredLinear, saved_name
+from factorlm.layers import (
+    PreMergedLinear,
+    SelfGuidedLinear,
+    StructureConfig,
+    StructuredLinear,
+    saved_name,
+)
 from factorlm.surgery.block import QUANT_METHOD, write_block
 from factorlm.surgery.report import SwapReport, SwapRow
 from factorlm.surgery.targets import FilterFn, StructureMap, choose, solve
@@ -97,6 +103,7 @@ def densify_(model: nn.Module) -> SwapReport:
     check("" not in layers, f"the model itself is a {type(model).__name__}: use to_linear")
     guided = any(isinstance(module, SelfGuidedLinear) for module in model.modules())
     check(not guided, f"{type(model).__name__} has guides attached: detach_guides_ first")
+    check_not_premerged(model)
     stock = None
     if isinstance(model, PreTrainedModel):
         with torch.device("meta"):
@@ -182,6 +189,12 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
         for key, child in parent._modules.items():
             if child is old:
                 parent._modules[key] = new
+
+
+def check_not_premerged(model: nn.Module) -> None:
+    """Raise ``ConfigError`` if layers of ``model`` keep merged copies."""
+    premerged = any(isinstance(module, PreMergedLinear) for module in model.modules())
+    check(not premerged, f"{type(model).__name__} has merged copies: unpremerge_ first")
 
 
 def _row(name: str, before: LinearModule, after: LinearModule) -> SwapRow:
