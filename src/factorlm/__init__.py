@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from factorlm.data import PrepareConfig, TokenDataset, TokenLoader, open_dataset, prepare
     from factorlm.eval import evaluate_loss
     from factorlm.hf import SelfGuidedTraining, build_causal_lm, load
+    from factorlm.inference import premerge_, unpremerge_
     from factorlm.layers import (
         BlockDenseConfig,
         BlockDenseLinear,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         Factor,
         LowRankConfig,
         LowRankLinear,
+        MergePolicy,
+        PreMergedLinear,
         SelfGuidedLinear,
         StructureConfig,
         StructuredLinear,
@@ -62,6 +65,8 @@ _EXPORTS = {
     "GuideSchedule": "optim",
     "LowRankConfig": "layers",
     "LowRankLinear": "layers",
+    "MergePolicy": "layers",
+    "PreMergedLinear": "layers",
     "PrepareConfig": "data",
     "RecordFile": "records",
     "RunRecord": "records",
@@ -87,8 +92,10 @@ _EXPORTS = {
     "load": "hf",
     "load_recipe": "train",
     "open_dataset": "data",
+    "premerge_": "inference",
     "prepare": "data",
     "training_flops": "accounting",
+    "unpremerge_": "inference",
 }
 
 __all__ = [
@@ -103,6 +110,8 @@ __all__ = [
     "GuideSchedule",
     "LowRankConfig",
     "LowRankLinear",
+    "MergePolicy",
+    "PreMergedLinear",
     "PrepareConfig",
     "RecordFile",
     "RunRecord",
@@ -129,8 +138,10 @@ __all__ = [
     "load",
     "load_recipe",
     "open_dataset",
+    "premerge_",
     "prepare",
     "training_flops",
+    "unpremerge_",
 ]
 
 __getattr__ = lazy_exports(__name__, _EXPORTS)

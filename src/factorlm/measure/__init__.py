@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 from factorlm.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from factorlm.measure.hardware import environment
+    from factorlm.measure.hardware import cpu_name, environment
     from factorlm.measure.peak import has_fast_bf16, matmul_flops_per_second
     from factorlm.measure.timing import Measurement, measure_latency
 
 __all__ = [
     "Measurement",
+    "cpu_name",
     "environment",
     "has_fast_bf16",
     "matmul_flops_per_second",
@@ -21,6 +22,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "Measurement": "timing",
+        "cpu_name": "hardware",
         "environment": "hardware",
         "has_fast_bf16": "peak",
         "matmul_flops_per_second": "peak",

@@ -9,6 +9,7 @@ from factorlm.storage.atomic import (
     require_free_space,
     storage_errors,
 )
+from factorlm.storage.cache import cache_folder
 from factorlm.storage.lock import folder_lock
 from factorlm.storage.manifest import (
     MANIFEST_FILE,
@@ -29,6 +30,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write_bytes",
     "atomic_write_text",
+    "cache_folder",
     "describe_file",
     "folder_lock",
     "read_manifest",

@@ -1,0 +1,182 @@
+"""``premerge_`` and its inverse ``unpremerge_``: merged copies for the layers that gain by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from factorlm.config import check
+from factorlm.inference.latency import LatencyTable, LayerCase, cached_table
+from factorlm.inference.roofline import estimated_table
+from factorlm.layers import MergePolicy, PreMergedLinear, SelfGuidedLinear, StructuredLinear
+from factorlm.surgery import replace_everywhere
+
+Source = Literal["given", "measured", "estimated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PremergeRow:
+    """What was decided for one layer."""
+
+    name: str
+    case: LayerCase
+    policy: MergePolicy
+    """The token counts at which a merged copy would be used."""
+    source: Source
+    """Where the policy is from: the caller, a measured table, or the formula."""
+    saved_ms_per_token: float
+    """By the table; see ``LatencyTable.saved_ms_per_token``."""
+    merged: bool
+    """Whether the layer keeps a merged copy."""
+
+    @property
+    def reason(self) -> str:
+        """The decision in words."""
+        if self.merged:
+            return f"merged at tokens {self.policy}"
+        return "over the budget" if self.policy.ever_merges else "never faster merged"
+
+
+@dataclass(frozen=True)
+class PremergeReport:
+    """The structured layers of a model, in its order. ``print`` gives a table."""
+
+    rows: tuple[PremergeRow, ...]
+
+    @property
+    def copy_bytes(self) -> int:
+        """Memory of the merged copies once all are there."""
+        return sum(row.case.copy_bytes for row in self.rows if row.merged)
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [
+            f"{row.name:<{width}}  {row.case}  {row.source}: {row.reason}" for row in self.rows
+        ]
+        num_merged = sum(row.merged for row in self.rows)
+        end = f"{num_merged} of {len(self.rows)} layers keep a merged copy"
+        return "\n".join([*lines, f"{end}, {self.copy_bytes:,} bytes"])
+
+
+def premerge_(
+    model: nn.Module,
+    policy: MergePolicy | Mapping[LayerCase, LatencyTable] | None = None,
+    *,
+    memory_budget_bytes: int | None = None,
+) -> PremergeReport:
+    """Let structured layers of ``model`` keep merged copies, in place, and say which.
+
+    They compute what they computed, up to rounding, and are saved as before. The copies are
+    made by the first calls in eval mode without gradients (``PreMergedLinear`` says when one is
+    used and what drops it). A layer that no token count makes faster gets none.
+
+    Args:
+        policy: one for all layers, or what ``tune`` returned. None takes the table that
+            ``factorlm tune`` left in the cache, for each layer that has one on this machine. Where
+            there is no table a formula decides, and also beyond the last token count of one whose
+            merged copies are faster to the end.
+        memory_budget_bytes: what the copies may take together; None is no limit. The layers that
+            save most time per byte come first.
+
+    A model without structured layers is left as it is. Raises ``ConfigError`` for a model on the
+    meta device, or one that has guides or merged copies already.
+    """
+    budget = memory_budget_bytes
+    check(budget is None or budget >= 0, f"memory_budget_bytes={budget} must be at least 0")
+    cases = _cases(model)
+    decisions = {case: _decide(case, policy) for case in set(cases.values())}
+    chosen = _within(budget, cases, decisions)
+    rows = []
+    for name, case in cases.items():
+        decision = decisions[case]
+        if name in chosen:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, StructuredLinear)
+            replace_everywhere(model, layer, PreMergedLinear(layer, decision.policy))
+        rows.append(
+            PremergeRow(
+                name=name,
+                case=case,
+                policy=decision.policy,
+                source=decision.source,
+                saved_ms_per_token=decision.saved_ms_per_token,
+                merged=name in chosen,
+            )
+        )
+    return PremergeReport(tuple(rows))
+
+
+def unpremerge_(model: nn.Module) -> list[str]:
+    """Take all merged copies off, in place; the names of the layers that had one."""
+    layers = premerged_layers(model)
+    for layer in layers.values():
+        replace_everywhere(model, layer, layer.structured)
+    return list(layers)
+
+
+def premerged_layers(model: nn.Module) -> dict[str, PreMergedLinear]:
+    """The layers of ``model`` that may keep a merged copy, by name; a shared one once."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PreMergedLinear)
+    }
+
+
+@dataclass(frozen=True)
+class _Decision:
+    policy: MergePolicy
+    source: Source
+    saved_ms_per_token: float
+
+
+def _cases(model: nn.Module) -> dict[str, LayerCase]:
+    """The layers to decide on, by name. A ``dense`` one is its own merged copy."""
+    kind = type(model).__name__
+    check(not premerged_layers(model), f"{kind} has merged copies already: unpremerge_ first")
+    guided = any(isinstance(module, SelfGuidedLinear) for module in model.modules())
+    check(not guided, f"{kind} has guides attached: detach_guides_ first")
+    cases = {
+        name: LayerCase.of(module)
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLinear)
+    }
+    check("" not in cases, "the model itself is the layer: use PreMergedLinear")
+    meta = any(case.device_type == "meta" for case in cases.values())
+    check(not meta, f"{kind} is on the meta device: load it first")
+    return {name: case for name, case in cases.items() if case.has_factors}
+
+
+def _decide(
+    case: LayerCase, given: MergePolicy | Mapping[LayerCase, LatencyTable] | None
+) -> _Decision:
+    """The policy of ``case``, and what it saves by the table."""
+    measured = given.get(case) if isinstance(given, Mapping) else cached_table(case)
+    estimated = estimated_table(case)
+    table = estimated if measured is None else measured.extended_by(estimated)
+    source: Source = "estimated" if measured is None else "measured"
+    policy = table.policy
+    if isinstance(given, MergePolicy):
+        policy, source = given, "given"
+    return _Decision(policy, source, table.saved_ms_per_token(policy))
+
+
+def _within(
+    budget: int | None, cases: Mapping[str, LayerCase], decisions: Mapping[LayerCase, _Decision]
+) -> set[str]:
+    """The names of the layers that get a copy: most time saved per byte first, then in order."""
+    wanting = [name for name, case in cases.items() if decisions[case].policy.ever_merges]
+    wanting.sort(
+        key=lambda name: -decisions[cases[name]].saved_ms_per_token / cases[name].copy_bytes
+    )
+    chosen: set[str] = set()
+    used = 0
+    for name in wanting:
+        need = cases[name].copy_bytes
+        if budget is None or used + need <= budget:
+            chosen.add(name)
+            used += need
+    return chosen
