@@ -84,6 +84,24 @@ def test_activation_checkpointing_keeps_layer_inputs_and_one_layer():
     assert recomputed(1) == estimated("gpt_tiny", 1, "fp32") + inputs
 
 
+def test_recomputed_ffns_keep_their_input_and_rank_r_activations():
+    """Width 128, an up and a down projection of rank 24 in every layer but the first."""
+
+    def step(recompute):
+        counts = [
+            estimated(
+                "gpt_tiny", n, "fp32", LowRankConfig(rank=24), activation_checkpointing=recompute
+            )
+            for n in (5, 6)
+        ]
+        return (counts[1] - counts[0]) / (BATCH * LENGTH * 4)
+
+    wide = (
+        128 + 512 + 512 + 24 + 24
+    )  # inputs of both linears, what GELU reads, what factors pass on
+    assert step(False) - step("ffn") == wide - (128 + 24 + 24)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon", "spectron", "lora_muon"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_weights_gradients_and_moments_are_what_torch_holds(guided, kind):

@@ -99,12 +99,12 @@ def test_activation_checkpointing_is_exact_with_dropout(
 ) -> None:
     overrides = {"hidden_size": 32, "intermediate_size": 64, "residual_dropout": 0.3}
     found = []
-    for again in (False, True):
+    for again in (False, True, "ffn"):
         config = tiny_config(
             model={"overrides": overrides}, parallel={"activation_checkpointing": again}
         )
         found.append(losses(fit(config, tmp_path / str(again))))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_validation_loss_is_that_of_every_window(

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from factorlm.accounting.attention import AttentionShape, attention_shapes
+from factorlm.accounting.recompute import Recompute, ffn_kept_elements
 from factorlm.anatomy import Anatomy, LinearSite, anatomy_of, linear_num_params
 from factorlm.config import check
 from factorlm.layers import StructuredLinear
@@ -51,7 +52,7 @@ def estimate_memory(
     micro_batch: int,
     seq_len: int,
     precision: Literal["fp32", "bf16"] = "fp32",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recompute = False,
     optimizer: str = "adamw",
 ) -> MemoryEstimate:
     """Estimate the memory of training ``model`` on ``micro_batch`` sequences of ``seq_len`` tokens.
@@ -67,6 +68,7 @@ def estimate_memory(
     * 4 for the input of each norm, twice where it has no bias (RMSNorm keeps both sides).
 
     With activation checkpointing: the 4-byte input of every layer, and one layer's activations.
+    With ``"ffn"``: of an FFN its 4-byte input and the narrow products inside, and all of one FFN.
     Left out: attention matrices (a fused kernel keeps none), dropout masks, experts, the
     embedding's output and the last norm, guides merged in float32, temporary buffers, and the
     allocator's fragments.
@@ -97,26 +99,29 @@ def _saved(
     anatomy: Anatomy,
     shapes: tuple[AttentionShape, ...],
     half: bool,
-    activation_checkpointing: bool,
+    activation_checkpointing: Recompute,
 ) -> int:
     """Bytes that all decoder layers save, per token."""
     hidden = model.config.get_text_config().hidden_size
-    layers = []
+    width = 2 if half else _FP32_BYTES
+    layers, widest = [], 0
     for index, name in enumerate(anatomy.decoder_layers):
         attention = [s for s in anatomy.attention_linears if s.layer_index == index]
         ffn = [s for s in anatomy.ffn_linears if s.layer_index == index]
         inside = [s for s in shapes if s.name.startswith(name + ".")]
-        elements = (
-            _attention_elements(attention, inside, hidden, half)
-            + _ffn_elements(ffn, hidden, half)
-            + sum(_intermediate_elements(model, site) for site in (*attention, *ffn))
-        )
+        elements = _attention_elements(attention, inside, hidden, half)
+        elements += sum(_intermediate_elements(model, site) for site in attention)
+        in_ffn = _ffn_elements(ffn, hidden, half)
+        in_ffn = width * (in_ffn + sum(_intermediate_elements(model, site) for site in ffn))
+        if activation_checkpointing == "ffn":
+            widest = max(widest, in_ffn)
+            in_ffn = _FP32_BYTES * hidden + width * ffn_kept_elements(model, ffn)
         norms = [n for n in anatomy.norms if n.startswith(name + ".")]
         kept = sum(_norm_elements(model.get_submodule(n)) for n in norms)
-        layers.append((2 if half else _FP32_BYTES) * elements + _FP32_BYTES * kept)
-    if activation_checkpointing:
+        layers.append(width * elements + in_ffn + _FP32_BYTES * kept)
+    if activation_checkpointing is True:
         return _FP32_BYTES * hidden * len(layers) + max(layers, default=0)
-    return sum(layers)
+    return sum(layers) + widest
 
 
 def _attention_elements(

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from factorlm.accounting.flops import flops_per_token
+from factorlm.accounting.recompute import (
+    Recompute,
+    ffn_layers,
+    recomputed_flops_per_token,
+    repeats_of,
+)
 from factorlm.config import check
 from factorlm.layers import StructuredLinear
 from factorlm.layers.self_guided import GuideForm, merging_pays
@@ -42,32 +47,33 @@ def training_flops(
     num_tokens: int,
     num_steps: int = 0,
     optimizer: str = "adamw",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recompute = False,
 ) -> TrainingFlops:
     """FLOPs of training on ``num_tokens`` tokens, in sequences of ``seq_len``, in ``num_steps``
     optimizer steps (which matter only where the ``optimizer`` computes matmuls).
 
     The backward pass costs twice the forward pass. Activation checkpointing runs every decoder
     layer's forward pass once more (PyTorch may stop it early, short of the layer's last matmul,
-    where nothing needs its result). AdamW is elementwise and counts 0, as do norms, activations
-    and the loss; Newton-Schulz iterations count, once, also where replicas repeat them. A fused
-    attention kernel that recomputes its scores in the backward pass is not counted as doing so.
+    where nothing needs its result), or with ``"ffn"`` the wide matmuls inside the FFNs. AdamW is
+    elementwise and counts 0, as do norms, activations and the loss; Newton-Schulz iterations
+    count, once, also where replicas repeat them. A fused attention kernel that recomputes its
+    scores in the backward pass is not counted as doing so.
     """
     forward = flops_per_token(model, seq_len)
-    recomputed = forward.decoder_layers if activation_checkpointing else 0
+    recomputed = recomputed_flops_per_token(model, forward, activation_checkpointing)
     model_flops = 3 * forward.total * num_tokens
     executed = model_flops + recomputed * num_tokens
     return TrainingFlops(model_flops, executed + num_steps * optimizer_flops(model, optimizer))
 
 
 def guide_flops(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     tokens_per_step: int,
     tokens_per_forward: int,
     optimizer: str = "adamw",
     form: GuideForm = "auto",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recompute = False,
 ) -> TrainingFlops:
     """What one guided step adds to a step of ``model``, whose structured layers are not guided.
 
@@ -76,19 +82,23 @@ def guide_flops(
     weight once in every pass of ``tokens_per_forward`` tokens.
     """
     passes = math.ceil(tokens_per_step / tokens_per_forward)
-    runs = 4 if activation_checkpointing else 3  # forward, backward twice, and forward again
+    lasts = {id(layer): is_last for layer, is_last in ffn_layers(model)}
     papers = executed = 0
     for layer in model.modules():
         if not isinstance(layer, StructuredLinear):
             continue
+        again = repeats_of(layer, lasts.get(id(layer)), activation_checkpointing)
         sizes = (layer.in_features, layer.out_features)
         dense = 2 * layer.in_features * layer.out_features * tokens_per_step
         papers += 3 * dense
-        executed += runs * dense + guide_optimizer_flops(*sizes, optimizer)
+        executed += (3 + again.dense) * dense + guide_optimizer_flops(*sizes, optimizer)
         if form == "merged" or (
             form == "auto" and merging_pays(layer.config, *sizes, tokens_per_forward)
         ):
-            executed += runs * passes * layer.config.to_dense_flops(*sizes)
-            executed -= runs * layer.config.flops_per_token(*sizes) * tokens_per_step
+            executed += (3 + again.merging) * passes * layer.config.to_dense_flops(*sizes)
+            structured = 3 * layer.config.flops_per_token(*sizes) + again.structured_flops
+            executed -= structured * tokens_per_step
+        else:
+            executed += again.two_path_flops * tokens_per_step
     check(papers > 0, f"{type(model).__name__} has no structured layer to guide")
     return TrainingFlops(papers, executed)

@@ -225,8 +225,9 @@ class ParallelSection(Config):
     """Autocast dtype; weights stay float32. ``auto``: bf16 where the processor computes in it."""
     compile: bool = False
     """``torch.compile`` each decoder layer."""
-    activation_checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass."""
+    activation_checkpointing: bool | Literal["ffn"] = False
+    """Recompute each decoder layer in the backward pass; ``ffn``: only what is wide inside the
+    FFNs, from their rank-R activations, which are kept."""
     num_threads: int | None = None
     """CPU threads of a process; None leaves PyTorch's choice."""
     timeout_seconds: float = 120.0

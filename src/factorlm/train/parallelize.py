@@ -24,6 +24,7 @@ from factorlm.measure import has_fast_bf16
 from factorlm.surgery import guided_layers
 from factorlm.train.assemble import build_model
 from factorlm.train.config import ParallelSection, TrainConfig
+from factorlm.train.recompute import recompute_ffns_
 from factorlm.train.self_guided import leave_to_trainer
 
 
@@ -68,7 +69,9 @@ FSDP2_ALONE = (
 
 def prepare_layers(model: PreTrainedModel, parallel: ParallelSection) -> None:
     """Activation checkpointing and per-layer ``compile``, in place; parameter names stay."""
-    if parallel.activation_checkpointing:
+    if parallel.activation_checkpointing == "ffn":
+        recompute_ffns_(model)
+    elif parallel.activation_checkpointing:
         with warnings.catch_warnings():  # 5.23 announces another name, 5.3 has only this one
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
