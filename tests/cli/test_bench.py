@@ -42,8 +42,11 @@ def test_strict_exits_1_where_a_bar_is_missed(
     assert ("MISSED" if code else "met") + "  " in capsys.readouterr().out.replace("met   ", "met")
 
 
-@pytest.mark.parametrize("name", ["ffn", "model"])
-def test_every_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["ffn", "premerge", "model"])
+def test_every_benchmark_runs(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FACTORLM_CACHE", str(tmp_path))
     sizes = ["--width", "64", "--layers", "2"]
     assert main(["bench", name, *SMALL, *sizes, "--structures", "low_rank"]) == 0
     assert capsys.readouterr().out.startswith(name)

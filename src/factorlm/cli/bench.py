@@ -19,6 +19,8 @@ EPILOG = """\
 benchmarks:
   kernel      one linear layer, each structure beside dense and beside its bare matmuls
   ffn         a whole FFN: up, GELU, down, with biases
+  premerge    one linear layer in use, few tokens to many: tuned, with its merged copy where that
+              is faster, beside dense
   model       a training step of a GPT whose first FFN is dense
   decode      greedy generation of such a GPT, beside generate of Hugging Face
   throughput  the most tokens a second: each model at its best batch size, with and without
@@ -32,11 +34,12 @@ nothing while another job runs.
 examples:
   factorlm bench kernel
   factorlm bench kernel --shapes 1024x4096 --tokens 1 16 256 4096 --plot latency.png
+  factorlm bench premerge --shapes 1024x4096 --tokens 1 2 4 8 64 512 --rounds 50
   factorlm bench ffn --structures low_rank --output reports/speed/records/ffn.jsonl
   factorlm bench model --tokens 8192 --structures low_rank --rounds 5
   factorlm bench decode --width 1024 --structures low_rank --batch-sizes 1 8
 """
-BENCHMARKS = ("kernel", "ffn", "model", "decode", "throughput")
+BENCHMARKS = ("kernel", "ffn", "premerge", "model", "decode", "throughput")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,12 +119,15 @@ def _records(args: argparse.Namespace, options: BenchOptions) -> Iterator[Benchm
     from factorlm.bench.ffn import benchmark_ffn
     from factorlm.bench.kernel import benchmark_kernel
     from factorlm.bench.model import ModelShape, benchmark_model
+    from factorlm.bench.premerge import benchmark_premerge
     from factorlm.bench.throughput import benchmark_throughput
 
     if args.benchmark == "kernel":
         return benchmark_kernel(options)
     if args.benchmark == "ffn":
         return benchmark_ffn(options)
+    if args.benchmark == "premerge":
+        return benchmark_premerge(options)
     is_throughput = args.benchmark == "throughput"
     decode = DecodeOptions(
         batch_sizes=tuple(args.batch_sizes or (1, 8)),
