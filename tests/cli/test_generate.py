@@ -3,12 +3,20 @@ from __future__ import annotations
 import argparse
 
 import pytest
+from torch import nn
 
 import factorlm
 from factorlm.cli.generate import add_arguments
 from factorlm.cli.main import main
 from factorlm.hf import model_folder
-from factorlm.inference import Sampling, generate_text, load_text_tokenizer
+from factorlm.inference import (
+    PremergeReport,
+    Sampling,
+    generate_text,
+    load_text_tokenizer,
+    premerge_,
+)
+from factorlm.layers import MergePolicy
 from factorlm.records import GenerationRecord
 from factorlm.report.compare import read_run
 
@@ -104,6 +112,23 @@ def test_sampling_flags_reach_the_sampling(tiny_run, capsys: pytest.CaptureFixtu
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[3] == texts[4]
+
+
+def test_merged_copies_change_no_text(
+    tiny_run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(model: nn.Module) -> PremergeReport:
+        return premerge_(model, MergePolicy.always())
+
+    monkeypatch.setattr("factorlm.inference.premerge_", always)
+    command = ["generate", str(tiny_run.path), "--prompt", "a", "--greedy", "--max-new-tokens", "6"]
+    texts = []
+    for flags in ([], ["--no-premerge"]):
+        assert main([*command, *flags]) == 0
+        captured = capsys.readouterr()
+        texts.append(captured.out)
+        assert ("pre-merged: " in captured.err) is (not flags)
+    assert texts[0] == texts[1]
 
 
 def test_model_folder_has_no_records(tiny_run) -> None:

@@ -69,13 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose among the most likely that hold probability P (default: 0.95)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choices (default: 0)")
+    parser.add_argument(
+        "--no-premerge",
+        action="store_true",
+        help="keep no merged copies of structured layers, even where they are faster (they are by "
+        "what factorlm tune measured here, else by a formula)",
+    )
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Write the texts to stdout, the speed to stderr and into the run's records."""
     from factorlm.config import check
     from factorlm.hf import model_folder
-    from factorlm.inference import Sampling, generate_texts, load_text_tokenizer
+    from factorlm.inference import Sampling, generate_texts, load_text_tokenizer, premerge_
 
     sampling = Sampling(
         greedy=args.greedy,
@@ -88,6 +94,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     prompts = args.prompt or [""]
     model = open_model(args)
     tokenizer = load_text_tokenizer(model_folder(args.model))
+    if not args.no_premerge:
+        report = premerge_(model)
+        if report.copy_bytes:
+            print(f"pre-merged: {report.copy_bytes / 2**20:,.1f} MiB of copies", file=sys.stderr)
     alone = len(prompts) == 1
     if alone:
         print(prompts[0], end="", flush=True)
