@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from factorlm.bench import Bar, BenchmarkCase, BenchOptions, Timings, measure_cases
 from factorlm.bench.ffn import ACTIVATION, FFN, benchmark_ffn, ffn_bars
 from factorlm.bench.kernel import BARE, GUIDED, bare_matmuls, benchmark_kernel, kernel_bars, step
+from factorlm.bench.options import LinearSetting
 from factorlm.bench.truth import check_guided, check_linear
 from factorlm.errors import ConfigError, NumericError
 from factorlm.layers import LowRankConfig, SelfGuidedLinear
@@ -27,6 +28,13 @@ def timings(cases: Mapping[str, float]) -> Timings:
     return Timings(
         {name: Measurement(latencies_ms=(t, t), calls_per_round=1) for name, t in cases.items()}
     )
+
+
+def settings_of(shape: tuple[int, int]) -> tuple[LinearSetting, LinearSetting]:
+    """(forward and backward, forward)."""
+    options = BenchOptions(shapes=(shape,), dtypes=("fp32",))
+    forward, both = options.linear_settings()
+    return both, forward
 
 
 def test_a_record_has_every_case_and_the_limit_of_its_flops() -> None:
@@ -103,10 +111,11 @@ def test_a_guided_layer_is_held_against_both_maps() -> None:
 
 
 def test_bars_of_a_linear() -> None:
-    configs = BenchOptions().configs(2048, 8192)
+    both, forward = settings_of((2048, 8192))
+    configs = both.configs
     names = ("dense", "low_rank", "block_shuffle", "block_dense", BARE, GUIDED)
     times = timings(dict(zip(names, (30.0, 10.0, 11.0, 10.0, 9.0, 36.0), strict=True)))
-    bars = {bar.name: bar for bar in kernel_bars(configs, (2048, 8192), "forward+backward", times)}
+    bars = {bar.name: bar for bar in kernel_bars(both, times)}
     flops = {name: config.flops_per_token(2048, 8192) for name, config in configs.items()}
     expected = {
         "low_rank / its bare matmuls": (10 / 9, 1.03),
@@ -117,15 +126,14 @@ def test_bars_of_a_linear() -> None:
     }
     assert {name: (pytest.approx(bar.value), bar.limit) for name, bar in bars.items()} == expected
     assert [name for name, bar in bars.items() if not bar.at_most] == ["dense / low_rank"]
-    forward = kernel_bars(configs, (2048, 8192), "forward", times)
-    assert [bar.name for bar in forward] == ["low_rank / its bare matmuls"]
+    assert [bar.name for bar in kernel_bars(forward, times)] == ["low_rank / its bare matmuls"]
 
 
 def test_bar_of_an_ffn_pays_the_activation_in_full() -> None:
     """Dense 100 ms, 4 of them GELU: at 3.2 times fewer FLOPs 96/3.2 + 4 = 34 ms are possible."""
     flops = {"dense": 3.2, "low_rank": 1.0}
     times = timings({"dense": 100.0, "low_rank": 40.0, ACTIVATION: 4.0})
-    bars = ffn_bars(flops, (2048, 8192), "forward+backward", times)
+    bars = ffn_bars(flops, settings_of((2048, 8192))[0], times)
     assert [(bar.value, bar.limit) for bar in bars] == [
         (pytest.approx(34 / 40), 0.93),
         (pytest.approx(2.5), 2.9),

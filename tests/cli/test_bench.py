@@ -8,6 +8,7 @@ import pytest
 
 from factorlm.bench import kernel
 from factorlm.bench.cases import Bar
+from factorlm.bench.options import LinearSetting
 from factorlm.cli.main import main
 from factorlm.records import BenchmarkRecord, RecordFile
 
@@ -34,7 +35,7 @@ def test_prints_tables_and_appends_records(
 def test_strict_exits_1_where_a_bar_is_missed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: float, code: int
 ) -> None:
-    monkeypatch.setattr(kernel, "is_promised", lambda shape, num_tokens: True)
+    monkeypatch.setattr(LinearSetting, "is_promised", True)
     monkeypatch.setattr(kernel, "kernel_bars", lambda *args: [Bar(name="x", value=1, limit=limit)])
     command = ["bench", "kernel", *SMALL, "--passes", "forward"]
     assert main([*command, "--strict"]) == code

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
-from factorlm.bench.kernel import CHECKED_TOKENS, WIDE, is_promised, step
-from factorlm.bench.options import DTYPES, BenchOptions, Pass
+from factorlm.bench.kernel import CHECKED_TOKENS, WIDE, step
+from factorlm.bench.options import BenchOptions, LinearSetting
 from factorlm.bench.truth import check_linear
-from factorlm.layers import StructuredLinear
+from factorlm.layers import StructureConfig, StructuredLinear
 from factorlm.records import BenchmarkRecord
 
 ACTIVATION = "GELU alone"
@@ -39,21 +39,20 @@ class _Activation(nn.Module):
 
 def benchmark_ffn(options: BenchOptions) -> Iterator[BenchmarkRecord]:
     """A record for each shape, number of tokens, dtype and pass."""
-    for shape in options.shapes:
-        for num_tokens in options.num_tokens:
-            for dtype in options.dtype_names:
-                for kind in options.passes:
-                    yield measure_ffn(options, shape, num_tokens, dtype, kind)
+    for setting in options.linear_settings():
+        backward = options.configs(*setting.shape[::-1])
+        yield measure_ffn(setting, backward, options.rounds)
 
 
 def measure_ffn(
-    options: BenchOptions, shape: tuple[int, int], num_tokens: int, dtype: str, kind: Pass
+    setting: LinearSetting, downs: Mapping[str, StructureConfig], rounds: int
 ) -> BenchmarkRecord:
-    """Time one setting. Raises ``NumericError`` if a layer computes something else."""
-    device, kept = torch.device(options.device), DTYPES[dtype]
+    """Time one setting; ``downs`` are the configs of the way back. Raises ``NumericError`` if a
+    layer computes something else."""
+    shape, kind, like = setting.shape, setting.kind, setting.like
     torch.manual_seed(0)
-    x, slope = torch.randn(2, num_tokens, shape[0], device=device, dtype=kept)
-    models = build_ffns(options, shape, x)
+    x, slope = torch.randn(2, setting.num_tokens, shape[0]).to(like)
+    models = build_ffns(setting, downs, x)
     flops = {name: _flops(model, shape) for name, model in models.items()}
     cases = {
         name: BenchmarkCase(
@@ -62,49 +61,37 @@ def measure_ffn(
         )
         for name, model in models.items()
     }
-    wide = torch.randn(num_tokens, shape[1], device=device, dtype=kept)
+    wide = torch.randn(setting.num_tokens, shape[1]).to(like)
     cases[ACTIVATION] = BenchmarkCase(run=step(_Activation(), wide, wide, kind))
-    settings = {
-        "shape": list(shape),
-        "num_tokens": num_tokens,
-        "dtype": dtype,
-        "pass": kind,
-        "structures": {
-            name: config.to_target() for name, config in options.configs(*shape).items()
-        },
-    }
-    promised = is_promised(shape, num_tokens)
     return measure_cases(
         "ffn",
-        settings,
+        setting.to_dict(),
         cases,
-        device=device,
-        rounds=options.rounds,
-        bars=partial(ffn_bars, flops, shape, kind) if promised else no_bars,
+        device=setting.device,
+        rounds=rounds,
+        bars=partial(ffn_bars, flops, setting) if setting.is_promised else no_bars,
     )
 
 
-def build_ffns(options: BenchOptions, shape: tuple[int, int], x: Tensor) -> dict[str, nn.Module]:
+def build_ffns(
+    setting: LinearSetting, downs: Mapping[str, StructureConfig], x: Tensor
+) -> dict[str, nn.Module]:
     """Dense and each structure, checked on some of the tokens ``x`` (N, I)."""
-    back = (shape[1], shape[0])
-    dense = (nn.Linear(*sizes, device=x.device, dtype=x.dtype) for sizes in (shape, back))
-    models: dict[str, nn.Module] = {"dense": FFN(*dense)}
-    ups, downs = options.configs(*shape), options.configs(*back)
+    shape, back = setting.shape, setting.shape[::-1]
+    dense = FFN(nn.Linear(*shape), nn.Linear(*back))
+    models: dict[str, nn.Module] = {"dense": dense.to(x)}
     few = x[:CHECKED_TOKENS]
-    for name in ups:
-        up = ups[name].build(*shape, device=x.device, dtype=x.dtype)
-        down = downs[name].build(*back, device=x.device, dtype=x.dtype)
+    for name, config in setting.configs.items():
+        up, down = config.build(*shape).to(x), downs[name].build(*back).to(x)
         check_linear(up, few)
         check_linear(down, up(few).detach())
         models[name] = FFN(up, down)
     return models
 
 
-def ffn_bars(
-    flops: Mapping[str, float], shape: tuple[int, int], kind: Pass, times: Timings
-) -> list[Bar]:
+def ffn_bars(flops: Mapping[str, float], setting: LinearSetting, times: Timings) -> list[Bar]:
     """low_rank against what its FLOPs allow, with the activation paid in full."""
-    if kind == "forward" or "low_rank" not in times:
+    if setting.kind == "forward" or "low_rank" not in times:
         return []
     dense, activation = times.ms("dense"), times.ms(ACTIVATION)
     ratio = flops["dense"] / flops["low_rank"]
@@ -112,7 +99,7 @@ def ffn_bars(
     speedup = times.ratio("dense", "low_rank")
     name = "dense / low_rank, by what FLOPs and GELU allow"
     bars = [Bar(name=name, value=speedup / possible, limit=0.93, at_most=False)]
-    if min(shape) >= WIDE and ratio >= 3:
+    if min(setting.shape) >= WIDE and ratio >= 3:
         bars.append(Bar(name="dense / low_rank", value=speedup, limit=2.9, at_most=False))
     return bars
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
-from factorlm.bench.options import DTYPES, BenchOptions, Pass
+from factorlm.bench.options import BenchOptions, LinearSetting, Pass
 from factorlm.bench.truth import check_guided, check_linear
 from factorlm.layers import LowRankConfig, SelfGuidedLinear, StructureConfig, StructuredLinear
 from factorlm.records import BenchmarkRecord
@@ -25,25 +25,18 @@ WIDE = 2048
 
 def benchmark_kernel(options: BenchOptions) -> Iterator[BenchmarkRecord]:
     """A record for each shape, number of tokens, dtype and pass."""
-    for shape in options.shapes:
-        for num_tokens in options.num_tokens:
-            for dtype in options.dtype_names:
-                for kind in options.passes:
-                    yield measure_linear(options, shape, num_tokens, dtype, kind)
+    for setting in options.linear_settings():
+        yield measure_linear(setting, options.rounds)
 
 
-def measure_linear(
-    options: BenchOptions, shape: tuple[int, int], num_tokens: int, dtype: str, kind: Pass
-) -> BenchmarkRecord:
+def measure_linear(setting: LinearSetting, rounds: int) -> BenchmarkRecord:
     """Time one setting. Raises ``NumericError`` if a layer computes something else."""
-    device, kept = torch.device(options.device), DTYPES[dtype]
+    shape, kind, like = setting.shape, setting.kind, setting.like
     torch.manual_seed(0)
-    x, slope = (torch.randn(num_tokens, size, device=device, dtype=kept) for size in shape)
-    dense = nn.Linear(*shape, bias=False, device=device, dtype=kept)
-    layers: dict[str, nn.Module] = {"dense": dense}
-    configs = options.configs(*shape)
-    for name, config in configs.items():
-        layer = config.build(*shape, bias=False, device=device, dtype=kept)
+    x, slope = (torch.randn(setting.num_tokens, size).to(like) for size in shape)
+    layers: dict[str, nn.Module] = {"dense": nn.Linear(*shape, bias=False).to(like)}
+    for name, config in setting.configs.items():
+        layer = config.build(*shape, bias=False).to(like)
         check_linear(layer, x[:CHECKED_TOKENS])
         layers[name] = layer
     cases = {
@@ -51,21 +44,13 @@ def measure_linear(
         for name, layer in layers.items()
     }
     cases |= _more_cases(layers.get("low_rank"), x, slope, kind)
-    settings = {
-        "shape": list(shape),
-        "num_tokens": num_tokens,
-        "dtype": dtype,
-        "pass": kind,
-        "structures": {name: config.to_target() for name, config in configs.items()},
-    }
-    promised = is_promised(shape, num_tokens)
     return measure_cases(
         "kernel",
-        settings,
+        setting.to_dict(),
         cases,
-        device=device,
-        rounds=options.rounds,
-        bars=partial(kernel_bars, configs, shape, kind) if promised else no_bars,
+        device=setting.device,
+        rounds=rounds,
+        bars=partial(kernel_bars, setting) if setting.is_promised else no_bars,
     )
 
 
@@ -100,20 +85,14 @@ def bare_matmuls(
     return run
 
 
-def is_promised(shape: tuple[int, int], num_tokens: int) -> bool:
-    """Whether the bars are meant for this size: training sizes, where matmuls decide."""
-    return min(shape) >= 768 and num_tokens >= 4096
-
-
-def kernel_bars(
-    configs: dict[str, StructureConfig], shape: tuple[int, int], kind: Pass, times: Timings
-) -> list[Bar]:
+def kernel_bars(setting: LinearSetting, times: Timings) -> list[Bar]:
     """What is promised of a linear at a low share of the parameters."""
+    shape, configs = setting.shape, setting.configs
     bars = []
     if BARE in times:
         name = "low_rank / its bare matmuls"
         bars.append(Bar(name=name, value=times.ratio("low_rank", BARE), limit=1.03))
-    if kind == "forward":
+    if setting.kind == "forward":
         return bars
     if "low_rank" in times and min(shape) >= WIDE and _share(configs, shape) <= 1 / 3:
         speedup = times.ratio("dense", "low_rank")
@@ -129,7 +108,7 @@ def kernel_bars(
     return bars
 
 
-def _share(configs: dict[str, StructureConfig], shape: tuple[int, int]) -> float:
+def _share(configs: Mapping[str, StructureConfig], shape: tuple[int, int]) -> float:
     return configs["low_rank"].num_params(*shape) / (shape[0] * shape[1])
 
 

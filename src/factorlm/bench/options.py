@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from factorlm.config import Config, check
 from factorlm.errors import ConfigError
@@ -14,6 +17,38 @@ from factorlm.measure import has_fast_bf16
 
 Pass = Literal["forward", "forward+backward"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LinearSetting:
+    """What one record of a linear layer, or of an FFN, is about."""
+
+    shape: tuple[int, int]
+    num_tokens: int
+    dtype: str
+    kind: Pass
+    configs: Mapping[str, StructureConfig]
+    device: torch.device
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor with the device and the dtype of weights and inputs."""
+        return torch.empty(0, device=self.device, dtype=DTYPES[self.dtype])
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether the bars are meant for this size: training sizes, where matmuls decide."""
+        return min(self.shape) >= 768 and self.num_tokens >= 4096
+
+    def to_dict(self) -> dict[str, Any]:
+        """As records hold it."""
+        return {
+            "shape": list(self.shape),
+            "num_tokens": self.num_tokens,
+            "dtype": self.dtype,
+            "pass": self.kind,
+            "structures": {name: config.to_target() for name, config in self.configs.items()},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +84,13 @@ class BenchOptions(Config):
         """The dtypes to measure."""
         kind = torch.device(self.device).type
         return self.dtypes or (("fp32", "bf16") if has_fast_bf16(kind) else ("fp32",))
+
+    def linear_settings(self) -> Iterator[LinearSetting]:
+        """Every shape, number of tokens, dtype and pass."""
+        grid = itertools.product(self.shapes, self.num_tokens, self.dtype_names, self.passes)
+        for shape, num_tokens, dtype, kind in grid:
+            configs = self.configs(*shape)
+            yield LinearSetting(shape, num_tokens, dtype, kind, configs, torch.device(self.device))
 
     def configs(self, in_features: int, out_features: int) -> dict[str, StructureConfig]:
         """Structure -> its config at the share; block_shuffle without its last shuffle."""
