@@ -215,7 +215,7 @@ class Plan:
     ) -> Run:
         tokens = round(_recipe(self._path("dense")).batch.num_tokens * scale)
         budget = {
-            "flops": None if point == "T" else self._budget(tokens),
+            "flops": None if point in "TF" else self._budget(tokens),
             "count": "executed_flops",
         }
         sections: dict[str, Any] = {
@@ -223,7 +223,7 @@ class Plan:
             "optimizer": row["optimizer"] | {"learning_rate": rate},
             "batch": row.get("batch", {}) | {"num_tokens": tokens},
             "budget": budget,
-            "guide": row.get("guide", {}) | {"variant": "full" if point == "G" else "none"},
+            "guide": row.get("guide", {}) | {"variant": "full" if point in "GF" else "none"},
         }
         sections |= {key: row[key] for key in ("structure", "model", "schedule") if key in row}
         if scale < 1:
