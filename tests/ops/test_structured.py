@@ -13,7 +13,11 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorlm.ops.block_dense import block_dense, block_dense_dense
-from factorlm.ops.block_diagonal import block_diagonal, block_diagonal_batched
+from factorlm.ops.block_diagonal import (
+    FEW_TOKENS,
+    block_diagonal,
+    block_diagonal_batched,
+)
 from factorlm.ops.block_shuffle import block_shuffle, block_shuffle_dense, num_rounds
 from factorlm.ops.low_rank import low_rank, low_rank_dense
 from factorlm.ops.reference import (
@@ -126,6 +130,18 @@ def test_block_diagonal_is_the_product_with_the_block_diagonal_matrix(
         assert_same(form(x, blocks, bias), expected + bias, [x, blocks, bias])
     else:
         assert_same(form(x, blocks), expected, [x, blocks])
+
+
+@pytest.mark.parametrize("num_tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_block_diagonal_without_gradients_is_the_same(num_tokens: int, with_bias: bool) -> None:
+    x, blocks, bias = leaves((num_tokens, 6), (3, 4, 2), (12,))
+    inputs = (x, blocks, bias if with_bias else None)
+    with torch.no_grad():
+        found = block_diagonal(*inputs)
+    assert not found.requires_grad
+    assert found.is_contiguous()
+    assert_close(found, block_diagonal(*inputs).detach(), rtol=1e-13, atol=1e-13)
 
 
 def test_block_diagonal_computes_only_the_gradients_that_are_asked_for() -> None:

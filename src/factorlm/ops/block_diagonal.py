@@ -14,6 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from factorlm.ops.autocast import matmul_dtype
 
+FEW_TOKENS = 64
+"""Up to here one batched matmul and a copy are faster on a CPU than a matmul for each block; from
+some hundred tokens on they are slower (``factorlm bench kernel --passes forward``)."""
+
 
 def as_rows(x: Tensor, blocks: Tensor) -> Tensor:
     """x (*, G a), blocks (G, b, a) -> (N, G a), N the number of tokens."""
@@ -30,9 +34,13 @@ def block_diagonal(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Ten
     if torch.compiler.is_compiling():  # the compiler plans the memory itself
         return block_diagonal_batched(x, blocks, bias)
     dtype = matmul_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
-    y: Tensor = _BlockDiagonal.apply(x.to(dtype), blocks.to(dtype), bias)
-    return y
+    x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled():
+        y: Tensor = _BlockDiagonal.apply(x, blocks, bias)
+        return y
+    if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
+        return block_diagonal_batched(x, blocks, bias)
+    return _by_panels(x, blocks.transpose(1, 2), bias)
 
 
 def block_diagonal_batched(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
