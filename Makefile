@@ -28,8 +28,9 @@ format: .venv/.dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.plots  ## training throughput against a plain PyTorch loop
-	$(BIN)/python benchmarks/train_throughput.py
+bench: .venv/.plots  ## linears and FFNs on this machine, each beside its bar (15 minutes)
+	$(BIN)/factorlm bench kernel
+	$(BIN)/factorlm bench ffn --passes forward+backward
 
 clean:  ## remove the environment and caches, not runs or data
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

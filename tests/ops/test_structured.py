@@ -178,6 +178,28 @@ def test_both_orders_of_the_shuffle_agree() -> None:
     assert_same(many, few, [x, first, second])
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("output_shuffle", [True, False])
+def test_tokens_go_through_block_shuffle_some_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool, output_shuffle: bool
+) -> None:
+    monkeypatch.setattr("factorlm.ops.block_shuffle.TOKENS_AT_ONCE", 3)
+    x, first, second, bias = leaves((10, 16), (2, 8, 8), (2, 12, 8), (24,))
+    truth = x @ block_shuffle_reference(first, second, output_shuffle=output_shuffle).T
+    found = block_shuffle(
+        x, first, second, bias if with_bias else None, output_shuffle=output_shuffle
+    )
+    inputs = [x, first, second]
+    assert_same(found, truth + bias if with_bias else truth, [*inputs, bias][: 3 + with_bias])
+    for wanted in inputs:
+        chosen = [t if t is wanted else t.detach() for t in inputs]
+        y = block_shuffle(*chosen, output_shuffle=output_shuffle)
+        (alone,) = torch.autograd.grad(y.square().sum(), [wanted])
+        y = block_shuffle(*inputs, output_shuffle=output_shuffle)
+        (beside,) = torch.autograd.grad(y.square().sum(), [wanted])
+        assert torch.equal(alone, beside)
+
+
 @given(blocks=st.integers(1, 12), block_hidden=st.integers(1, 40))
 def test_num_rounds_counts_the_rounds_that_a_block_touches(blocks: int, block_hidden: int) -> None:
     touched = []

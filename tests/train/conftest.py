@@ -38,6 +38,8 @@ def tiny_values(data: Path) -> Callable[..., dict[str, Any]]:
                 "overrides": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
             },
             "structure": {"structure": "low_rank", "rank": 8},
+            "guide": {"variant": "none"},
+            "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
             "data": {"path": str(data), "context_length": 16},
             "batch": {"num_sequences": 8, "num_steps": 10},
             "parallel": {"num_threads": 1, "precision": "fp32", "device": "cpu"},

@@ -40,7 +40,7 @@ def block_diagonal(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Ten
         return y
     if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
         return block_diagonal_batched(x, blocks, bias)
-    return _by_panels(x, blocks.transpose(1, 2), bias)
+    return multiply_panels(x, blocks.transpose(1, 2), bias)
 
 
 def block_diagonal_batched(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class _BlockDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, blocks)
-        return _by_panels(x, blocks.transpose(1, 2), bias)
+        return multiply_panels(x, blocks.transpose(1, 2), bias)
 
     @staticmethod
     @once_differentiable
@@ -62,29 +62,31 @@ class _BlockDiagonal(torch.autograd.Function):
         x, blocks = ctx.saved_tensors
         needs_x, needs_blocks, needs_bias = ctx.needs_input_grad
         return (
-            _by_panels(grad, blocks) if needs_x else None,
-            _block_gradients(grad, x, blocks) if needs_blocks else None,
+            multiply_panels(grad, blocks) if needs_x else None,
+            block_gradients(grad, x, blocks) if needs_blocks else None,
             grad.sum(0) if needs_bias else None,
         )
 
 
-def _by_panels(x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, G a), matrices (G, a, b), bias (G b,) -> (N, G b).
+def multiply_panels(
+    x: Tensor, matrices: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """x (N, G a), matrices (G, a, b), bias (G b,) -> (N, G b), into ``out`` if that is given.
 
     On a CPU a matmul for each block, which measured faster than a batched one; elsewhere one
-    batched matmul that writes with a stride.
+    batched matmul that writes with a stride. Not seen by autograd.
     """
     num_blocks, _, width = matrices.shape
-    y = x.new_empty(x.shape[0], num_blocks * width)
+    y = x.new_empty(x.shape[0], num_blocks * width) if out is None else out
     if x.device.type != "cpu":
         return _batched_into(y, x, matrices, bias)
     panels = zip(x.chunk(num_blocks, 1), matrices, y.chunk(num_blocks, 1), strict=True)
     if bias is None:
-        for part, matrix, out in panels:
-            torch.mm(part, matrix, out=out)
+        for part, matrix, panel in panels:
+            torch.mm(part, matrix, out=panel)
     else:
-        for (part, matrix, out), offset in zip(panels, bias.chunk(num_blocks), strict=True):
-            torch.addmm(offset, part, matrix, out=out)
+        for (part, matrix, panel), offset in zip(panels, bias.chunk(num_blocks), strict=True):
+            torch.addmm(offset, part, matrix, out=panel)
     return y
 
 
@@ -99,8 +101,8 @@ def _batched_into(y: Tensor, x: Tensor, matrices: Tensor, bias: Tensor | None) -
     return y
 
 
-def _block_gradients(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
-    """grad (N, G b), x (N, G a) -> (G, b, a): grad_gᵀ x_g."""
+def block_gradients(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
+    """grad (N, G b), x (N, G a), blocks (G, b, a) -> grad_gᵀ x_g (G, b, a), unseen by autograd."""
     num_blocks = blocks.shape[0]
     gradients = torch.empty_like(blocks, memory_format=torch.contiguous_format)
     if x.device.type != "cpu":

@@ -6,12 +6,24 @@ The permutation sends hidden value j of m to group j mod G, slot j div G: a resh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from factorlm.ops.block_diagonal import as_rows, block_diagonal
+from factorlm.ops.autocast import matmul_dtype
+from factorlm.ops.block_diagonal import (
+    as_rows,
+    block_diagonal,
+    block_gradients,
+    multiply_panels,
+)
+
+TOKENS_AT_ONCE = 1024
+"""Of which the values between the two products fit a processor's cache."""
 
 
 def block_shuffle(
@@ -27,17 +39,17 @@ def block_shuffle(
     Output s of group g lands at s G + g with ``output_shuffle``, at g O/G + s without.
     arXiv 2406.16450.
     """
-    hidden = _shuffled_hidden(as_rows(x, first), first)
+    num_blocks = first.shape[0]
     if bias is not None and output_shuffle:
-        bias = bias.view(-1, first.shape[0]).t().flatten()
-    y = block_diagonal(hidden, second, bias)
+        bias = bias.view(-1, num_blocks).t().flatten()
+    y = _in_groups(as_rows(x, first), first, second, bias)
     if output_shuffle:
-        y = y.unflatten(1, (first.shape[0], -1)).transpose(1, 2).flatten(1)
+        y = y.unflatten(1, (num_blocks, -1)).transpose(1, 2).flatten(1)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _shuffled_hidden(x: Tensor, first: Tensor) -> Tensor:
-    """x (N, I), first (G, m/G, I/G) -> (N, m): the hidden values, in the order of their groups.
+def _in_groups(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, I), bias (O,) -> (N, O), the outputs of each group beside each other.
 
     Where G² divides m and there are more tokens than columns, the rows of ``first`` are put in the
     order of the groups, which moves less than the tokens' values and leaves these in runs of m/G².
@@ -45,10 +57,65 @@ def _shuffled_hidden(x: Tensor, first: Tensor) -> Tensor:
     num_blocks, block_hidden, fan_in = first.shape
     if block_hidden % num_blocks or x.shape[0] < fan_in:
         hidden = block_diagonal(x, first)
-        return hidden.unflatten(1, (block_hidden, num_blocks)).transpose(1, 2).flatten(1)
+        hidden = hidden.unflatten(1, (block_hidden, num_blocks)).transpose(1, 2).flatten(1)
+        return block_diagonal(hidden, second, bias)
     grouped = first.unflatten(1, (-1, num_blocks)).transpose(1, 2).flatten(1, 2)
-    hidden = block_diagonal(x, grouped).unflatten(1, (num_blocks, num_blocks, -1))
-    return hidden.transpose(1, 2).flatten(1)
+    if torch.compiler.is_compiling():  # the compiler plans the memory itself
+        hidden = _swapped(block_diagonal(x, grouped), num_blocks).flatten(1)
+        return block_diagonal(hidden, second, bias)
+    dtype = matmul_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _Grouped.apply(x.to(dtype), grouped.to(dtype), second.to(dtype), bias)
+    return y
+
+
+def _swapped(hidden: Tensor, num_blocks: int) -> Tensor:
+    """(N, m) by block, then group -> (N, G, G, m/G²) by group, then block, and the reverse."""
+    return hidden.unflatten(1, (num_blocks, num_blocks, -1)).transpose(1, 2)
+
+
+class _Grouped(torch.autograd.Function):
+    """Both products and the shuffle between them, on a CPU some tokens at a time: what is shuffled
+    is still in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        num_blocks, width, _ = first.shape
+        shape = (num_blocks, num_blocks, -1)
+        hidden = x.new_empty(x.shape[0], num_blocks * width)
+        y = x.new_empty(x.shape[0], num_blocks * second.shape[1])
+        for part in _parts(x):
+            product = multiply_panels(x[part], first.transpose(1, 2))
+            hidden[part].unflatten(1, shape).copy_(_swapped(product, num_blocks))
+            multiply_panels(hidden[part], second.transpose(1, 2), bias, out=y[part])
+        ctx.save_for_backward(x, first, second, hidden)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second, hidden = ctx.saved_tensors
+        needs_x, needs_first, needs_second, needs_bias = ctx.needs_input_grad
+        num_blocks = first.shape[0]
+        shape = (num_blocks, num_blocks, -1)
+        slope, x_grad = torch.empty_like(hidden), torch.empty_like(x) if needs_x else None
+        for part in _parts(x) if needs_x or needs_first else ():
+            product = multiply_panels(grad[part], second)
+            slope[part].unflatten(1, shape).copy_(_swapped(product, num_blocks))
+            if x_grad is not None:
+                multiply_panels(slope[part], first, out=x_grad[part])
+        return (
+            x_grad,
+            block_gradients(slope, x, first) if needs_first else None,
+            block_gradients(grad, hidden, second) if needs_second else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Slices of the tokens."""
+    step = TOKENS_AT_ONCE if x.device.type == "cpu" else max(x.shape[0], 1)
+    return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
 def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:

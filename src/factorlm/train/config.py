@@ -55,9 +55,11 @@ class DataSection(Config):
 class GuideSection(Config):
     """Self-guided training: a dense guide beside every structured layer, for a part of the run."""
 
-    variant: Literal["none", "full", "stochastic"] = "none"
+    variant: Literal["auto", "none", "full", "stochastic"] = "auto"
     """``full``: the guide runs in every step while it is there; ``stochastic``: with probability α,
-    which halves its cost; ``none``: the control."""
+    which halves its cost; ``none``: the control. ``auto``: ``full`` for a structured model with
+    fresh weights, within the executed FLOPs of its dense counterpart where neither ``share`` nor
+    ``budget.flops`` is stated (reports/quality); else ``none``."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the guide's share α goes from 1 to 0."""
     share: float | None = None
@@ -92,12 +94,12 @@ class BudgetSection(Config):
 class OptimizerSection(Config):
     """How weights are updated; decay is decoupled."""
 
-    kind: str = "adamw"
+    kind: str = "muon"
     """``adamw`` (fused where PyTorch has it); ``muon``: Muon on hidden matrices, AdamW on the rest;
     ``spectron``, ``lora_muon``: that rule on pairs of factors, Muon on other hidden matrices, AdamW
     on the rest."""
-    learning_rate: float = 1e-3
-    """The peak."""
+    learning_rate: float = 8e-3
+    """The peak. AdamW wants a half to a quarter of what Muon wants."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
@@ -300,7 +302,18 @@ class TrainConfig(Config):
             "state exactly one",
         )
         check(self.num_steps >= 1, f"batch.num_tokens={self.batch.num_tokens} is under one step")
+        if self.guide.variant == "auto":
+            self._choose_guide()
         self._check_guide()
+
+    def _choose_guide(self) -> None:
+        """Put what ``auto`` means into the fields, so that the run's own config says it."""
+        guided = bool(self.structure) and self.model.init_from is None
+        variant = "full" if guided else "none"
+        object.__setattr__(self, "guide", self.guide.replace(variant=variant))
+        if guided and self.guide.share is None and self.budget.flops is None:
+            budget = BudgetSection(flops="dense", count="executed_flops")
+            object.__setattr__(self, "budget", budget)
 
     def _check_guide(self) -> None:
         guide, flops = self.guide, self.budget.flops

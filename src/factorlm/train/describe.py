@@ -138,6 +138,7 @@ def plan_steps(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
     assert not isinstance(flops, str)
     if section.variant == "none":
         return plan_without_guide(config.num_steps, step, budget=flops, count=budget.count)
+    assert section.variant != "auto"  # TrainConfig says what it means
     guide = GuideSchedule(
         num_steps=max(round((section.share or 1.0) * config.num_steps), 1),
         kind=section.schedule,
