@@ -43,6 +43,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
         },
         "structure": {"structure": "low_rank", "rank": 8},
+        "guide": {"variant": "none"},
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
         "data": {"path": data, "context_length": 32},
         "batch": {"num_sequences": 8, "micro_batch": 4, "num_steps": NUM_STEPS},
         "eval": {"every_steps": 25, "num_tokens": 1024},
