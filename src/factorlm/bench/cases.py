@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from factorlm.measure import Measurement, environment, measure_latency
+from factorlm.measure import Measurement, environment, measure_latency, synchronizer
 from factorlm.records import BarResult, BenchmarkRecord, CaseTimes
 
 
@@ -76,7 +76,7 @@ def measure_cases(
         {name: case.run for name, case in cases.items()},
         rounds=rounds,
         min_round_ms=min_round_ms,
-        synchronize=_synchronizer(device),
+        synchronize=synchronizer(device),
     )
     timings = Timings(found)
     baseline_tokens = cases[baseline].num_tokens or 1
@@ -98,9 +98,3 @@ def measure_cases(
         },
         bars=[bar.to_result() for bar in bars(timings)],
     )
-
-
-def _synchronizer(device: torch.device) -> Callable[[], None]:
-    if device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)

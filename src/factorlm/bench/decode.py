@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -80,13 +81,7 @@ def measure_decode(
         for label, runner in ((name, ours_of), (f"{name}, HF", huggingface_of)):
             run = runner(model, batch_size, decode)
             cases[label] = BenchmarkCase(run=run, ideal_speedup=ideal, num_tokens=num_tokens)
-    settings = asdict(shape) | {
-        "batch_size": batch_size,
-        "num_prompt_tokens": decode.num_prompt_tokens,
-        "num_new_tokens": decode.num_new_tokens,
-        "dtype": dtype,
-        "share": options.share,
-    }
+    settings = {"batch_size": batch_size} | generation_settings(options, shape, decode, dtype)
     bars = partial(decode_bars, num_bytes, batch_size) if shape.width >= 1024 else no_bars
     return measure_cases(
         "decode",
@@ -97,6 +92,18 @@ def measure_decode(
         min_round_ms=1.0,
         bars=bars,
     )
+
+
+def generation_settings(
+    options: BenchOptions, shape: ModelShape, decode: DecodeOptions, dtype: str
+) -> dict[str, Any]:
+    """What records of generation say of their models and of what is generated."""
+    return asdict(shape) | {
+        "num_prompt_tokens": decode.num_prompt_tokens,
+        "num_new_tokens": decode.num_new_tokens,
+        "dtype": dtype,
+        "share": options.share,
+    }
 
 
 def decode_bars(num_bytes: Mapping[str, int], batch_size: int, times: Timings) -> list[Bar]:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedModel
 
 from factorlm.bench.cases import BenchmarkCase, measure_cases
-from factorlm.bench.decode import DecodeOptions, build, ours_of
+from factorlm.bench.decode import DecodeOptions, build, generation_settings, ours_of
 from factorlm.bench.model import ModelShape
 from factorlm.bench.options import DTYPES, BenchOptions
 from factorlm.records import BenchmarkRecord
@@ -46,15 +45,9 @@ def measure_throughput(
         cases[f"{name}, batch {best}"] = BenchmarkCase(
             run=ours_of(model, best, decode), num_tokens=best * decode.num_new_tokens
         )
-    settings = asdict(shape) | {
-        "num_prompt_tokens": decode.num_prompt_tokens,
-        "num_new_tokens": decode.num_new_tokens,
-        "dtype": dtype,
-        "share": options.share,
-    }
     return measure_cases(
         "throughput",
-        settings,
+        generation_settings(options, shape, decode, dtype),
         cases,
         device=torch.device(options.device),
         rounds=options.rounds,

@@ -17,7 +17,7 @@ from factorlm.inference.latency import (
     save_table,
 )
 from factorlm.layers import MergePolicy, PreMergedLinear, StructuredLinear
-from factorlm.measure import Measurement, measure_latency
+from factorlm.measure import Measurement, measure_latency, synchronizer
 
 MAX_TOKENS = 8192
 TURNING_BYTES = 256 * 2**20
@@ -88,7 +88,7 @@ def _measure(layers: list[StructuredLinear], num_tokens: int, measure: Measure) 
     policies = {"structured": MergePolicy.never(), "merged": MergePolicy.always()}
     found = measure(
         {name: _in_turn(layers, policy, x) for name, policy in policies.items()},
-        synchronize=_synchronize(like.device),
+        synchronize=synchronizer(like.device),
     )
     structured, merged = found["structured"], found["merged"]
     return TokenLatency(
@@ -109,9 +109,3 @@ def _in_turn(
         layer(x)
     turns = itertools.cycle(wrapped)
     return lambda: next(turns)(x)
-
-
-def _synchronize(device: torch.device) -> Callable[[], None]:
-    if device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)

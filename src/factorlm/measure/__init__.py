@@ -7,7 +7,7 @@ from factorlm.lazy import lazy_exports
 if TYPE_CHECKING:
     from factorlm.measure.hardware import cpu_name, environment
     from factorlm.measure.peak import has_fast_bf16, matmul_flops_per_second
-    from factorlm.measure.timing import Measurement, measure_latency
+    from factorlm.measure.timing import Measurement, measure_latency, synchronizer
 
 __all__ = [
     "Measurement",
@@ -16,6 +16,7 @@ __all__ = [
     "has_fast_bf16",
     "matmul_flops_per_second",
     "measure_latency",
+    "synchronizer",
 ]
 
 __getattr__ = lazy_exports(
@@ -27,5 +28,6 @@ __getattr__ = lazy_exports(
         "has_fast_bf16": "peak",
         "matmul_flops_per_second": "peak",
         "measure_latency": "timing",
+        "synchronizer": "timing",
     },
 )

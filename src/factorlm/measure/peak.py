@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from factorlm.measure.timing import synchronizer
+
 BUDGET_SECONDS = 0.2
 SMALLEST, LARGEST = 256, 8192
 """Rows of the square matrices that are tried."""
@@ -67,13 +69,8 @@ def _factors(
 
 @torch.no_grad()
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
-    _wait_for(left.device)
+    synchronizer(left.device)()
     started = time.perf_counter()
     torch.mm(left, right)
-    _wait_for(left.device)
+    synchronizer(left.device)()
     return time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

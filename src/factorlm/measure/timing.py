@@ -7,9 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from factorlm.config import check
 
 Case = Callable[[], object]
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """A function that waits until ``device`` has done what it was given; nothing on a CPU."""
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from factorlm.ops.autocast import matmul_dtype
 
 FEW_TOKENS = 64
-"""Up to here one batched matmul and a copy are faster on a CPU than a matmul for each block; from
-some hundred tokens on they are slower (``factorlm bench kernel --passes forward``)."""
+"""Up to here one batched matmul and a copy are taken on a CPU, for its one call in place of one for
+each block; beyond, the copy costs more than the calls."""
 
 
 def as_rows(x: Tensor, blocks: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ def multiply_panels(
 ) -> Tensor:
     """x (N, G a), matrices (G, a, b), bias (G b,) -> (N, G b), into ``out`` if that is given.
 
-    On a CPU a matmul for each block, which measured faster than a batched one; elsewhere one
-    batched matmul that writes with a stride. Not seen by autograd.
+    On a CPU a matmul for each block; elsewhere one batched matmul that writes with a stride. Not
+    seen by autograd.
     """
     num_blocks, _, width = matrices.shape
     y = x.new_empty(x.shape[0], num_blocks * width) if out is None else out

@@ -19,22 +19,32 @@ if TYPE_CHECKING:
 AXES = {"num_tokens": "tokens", "width": "width (inputs of the layer)"}
 """Settings that an axis can show, and what the axis says."""
 STYLES = {"-": "solid", ":": "dotted", "-.": "dash-dotted"}
-"""Of lines that differ in the other setting; more than three are not drawn."""
+"""Of lines that differ in the other setting."""
 
 
 def plot_speed(records: Sequence[BenchmarkRecord], path: str | os.PathLike[str]) -> Path:
     """Latency and speed-up of every case against tokens, or against width where that varies.
 
     A panel pair for each benchmark, dtype and pass. Bands are the quartiles; dashed lines are the
-    speed-ups that FLOPs or bytes allow. Raises ``ConfigError`` where neither varies, for another
-    suffix, and where matplotlib is missing.
+    speed-ups that FLOPs or bytes allow. Raises ``ConfigError`` where neither varies, for more
+    than three values of the other, for another suffix, and where matplotlib is missing.
     """
     groups: dict[tuple[str, ...], list[BenchmarkRecord]] = {}
     for record in records:
         groups.setdefault(_group(record), []).append(record)
     varying = {key: found for key, found in groups.items() if _axis(found) is not None}
     check(bool(varying), "nothing to draw: neither the tokens nor the width vary")
+    for found in varying.values():
+        _check_lines(found)
     return save_picture(lambda: _draw(varying), path)
+
+
+def _check_lines(records: Sequence[BenchmarkRecord]) -> None:
+    axis = _axis(records)
+    assert axis is not None
+    count = len({_other(record, axis) for record in records})
+    (other,) = (name.removeprefix("num_") for name in AXES if name != axis)
+    check(count <= len(STYLES), f"{count} values of {other}: at most {len(STYLES)} can be drawn")
 
 
 def _group(record: BenchmarkRecord) -> tuple[str, ...]:
