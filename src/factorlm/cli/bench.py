@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from factorlm.records import BenchmarkRecord
 
 HELP = "time layers and models on this machine, beside what is promised of them"
+KEEPS_MEMORY = True
 EPILOG = """\
 benchmarks:
   kernel      one linear layer, each structure beside dense and beside its bare matmuls

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from factorlm.eval import EvalResult
 
 HELP = "measure a model's loss, perplexity and bits per byte on a text"
+KEEPS_MEMORY = True
 EPILOG = """\
 Every non-overlapping window of the text counts, the last partial one too, so each token but the
 first of a source is predicted once. Given a run, the numbers go into its records.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from factorlm.inference import Generation
 
 HELP = "generate text with a model, and say how fast"
+KEEPS_MEMORY = True
 EPILOG = """\
 One prompt's text streams as it comes. Several prompts go through the model as one batch; each gives
 the greedy text that it gives alone, and the texts are written when all are done. A --stop string

@@ -3,7 +3,8 @@
 Every module of this package whose name has no underscore in front, this one aside, is a command:
 ``HELP`` and ``EPILOG`` (str), ``add_arguments(parser)``, ``run(args, extra) -> exit code``. With
 ``TAKES_OVERRIDES = True`` it takes ``--section.key value`` arguments, which ``run`` gets as
-``extra``. None imports torch at module level, so that ``--help`` is quick.
+``extra``. With ``KEEPS_MEMORY = True`` freed memory is kept for the next tensor. None imports torch
+at module level, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NoReturn
 
 import factorlm
 from factorlm.errors import ConfigError, FactorlmError, InterruptedRun, did_you_mean
+from factorlm.memory import keep_freed_memory
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -69,6 +71,8 @@ def _run(arguments: list[str]) -> int:
     module = _load(command)
     parser = _parser(command, module)
     own, extra = _split(parser, arguments[1:], getattr(module, "TAKES_OVERRIDES", False))
+    if getattr(module, "KEEPS_MEMORY", False):
+        keep_freed_memory()
     code: int = module.run(parser.parse_args(own), extra)
     return code
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from factorlm.train.config import TrainConfig
 
 HELP = "train a model from a recipe, or go on where it stopped"
+KEEPS_MEMORY = True
 TAKES_OVERRIDES = True
 EPILOG = """\
 examples:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from factorlm.inference import LatencyTable, LayerCase
 
 HELP = "measure when a model's merged weights are faster than its factors on this machine"
+KEEPS_MEMORY = True
 EPILOG = """\
 Every distinct structured layer is timed with 1, 2, 4, ... tokens at a time, by its factors and by
 its dense weight, which take turns. The tables are kept for this device, dtype and number of

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from factorlm.memory import keeps_freed_memory
+
 _CPUINFO = Path("/proc/cpuinfo")
 _PACKAGE = Path(__file__).parents[1]
 
@@ -35,6 +37,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_cpu_cores": num_cpu_cores(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "keeps_freed_memory": keeps_freed_memory(),
         "num_threads": torch.get_num_threads(),
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
