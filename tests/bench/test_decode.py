@@ -51,7 +51,8 @@ def test_a_decoder_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_records_of_each_batch_size() -> None:
     one, two = benchmark_decode(OPTIONS, SHAPE, SHORT)
-    assert set(one.cases) == {"dense", "dense, HF", "low_rank", "low_rank, HF"}
+    ways = ("", ", HF", ", compiled")
+    assert set(one.cases) == {f"{name}{way}" for name in ("dense", "low_rank") for way in ways}
     assert [r.cases["dense"]["num_tokens"] for r in (one, two)] == [4, 8]
     model, dense = (SHAPE.build(name, OPTIONS) for name in ("low_rank", None))
     expected = weight_bytes(dense) / weight_bytes(model)

@@ -7,7 +7,8 @@ import torch
 
 from factorlm import LowRankConfig, factorize_
 from factorlm.anatomy import anatomy_of
-from factorlm.inference import graph
+from factorlm.errors import ConfigError
+from factorlm.inference import Decoder, Sampling, generate_tokens, graph
 from factorlm.inference.graph import NUM_WARM_UPS, GraphSteps, can_capture, is_steady
 from factorlm.inference.steps import CachedSteps
 from factorlm.testing.models import TINY_CONFIGS, tiny_input_ids, tiny_model
@@ -75,3 +76,24 @@ def test_what_changes_with_the_length_is_not_captured() -> None:
 
 def test_a_model_on_the_cpu_is_not_captured() -> None:
     assert not can_capture(tiny_model("llama"), MAX_LENGTH)
+
+
+@torch.no_grad()
+def test_compiled_steps_give_the_tokens_of_plain_ones() -> None:
+    """Twice, of two lengths and padded; float32, so that no near tie flips."""
+    torch._dynamo.reset()
+    model = tiny_model("starcoder2", initializer_range=0.1)
+    factorize_(model, LowRankConfig(rank=6))
+    compiled = Decoder(model, max_length=MAX_LENGTH, compiled=True)
+    for lengths in ((3, LENGTH), (5, 2)):
+        ids = tiny_input_ids(batch=2, length=LENGTH)
+        prompts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+        found = compiled.generate(prompts, max_new_tokens=9, sampling=Sampling(greedy=True))
+        expected = generate_tokens(model, prompts, max_new_tokens=9, sampling=Sampling(greedy=True))
+        assert torch.equal(found.ids, expected.ids)
+
+
+def test_a_model_that_is_no_single_program_is_not_compiled() -> None:
+    decoder = Decoder(tiny_model("bloom"), compiled=True)
+    with pytest.raises(ConfigError, match="compiled=True: BloomForCausalLM has to be on the CPU"):
+        decoder.generate([[1, 2]], max_new_tokens=2)

@@ -63,6 +63,25 @@ def test_the_formula_by_hand() -> None:
     assert last.merged_ms == pytest.approx(1000 * merged + 0.5)
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_low_rank_on_a_gpu_starts_once_for_few_tokens(
+    triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factorlm.ops.low_rank.has_triton", lambda: triton)
+    for name, dtype, starts in (
+        ("low_rank", torch.bfloat16, {1: 1 if triton else 2, 64: 1 if triton else 2, 128: 2}),
+        ("low_rank", torch.float64, {1: 2}),
+        ("block_dense", torch.bfloat16, {1: 3}),
+    ):
+        case = case_of(name, 768, 3072, dtype=dtype, device_type="cuda")
+        free, dear = (estimated_table(case, machine(overhead_ms=ms)).rows for ms in (0.0, 1.0))
+        found = {
+            row.num_tokens: round(row.structured_ms - base.structured_ms)
+            for row, base in zip(dear, free, strict=True)
+        }
+        assert {count: found[count] for count in starts} == starts
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

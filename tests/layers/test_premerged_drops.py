@@ -224,7 +224,7 @@ def test_nothing_outlives_its_layer() -> None:
         for layer in layers:
             layer(inputs())
     dead = [weakref.ref(layer) for layer in layers]
-    dead.append(weakref.ref(layers[0]._copy.dense))
+    dead.append(weakref.ref(layers[0]._merged._copy.kept[0]))
     del layer, layers
     gc.collect()
     assert [ref() for ref in dead] == [None] * 4

@@ -112,6 +112,11 @@ class IgnoresGivenFactors(KroneckerBase):
         return super().products(self.B, self.A)
 
 
+class LeavesOutMatrix(KroneckerBase):
+    def matrices(self) -> tuple[Tensor, ...]:
+        return torch.kron(self.A, torch.eye(len(self.B), dtype=self.B.dtype)), self.B
+
+
 class Swapped(KroneckerBase):
     def to_dense(self) -> Tensor:
         return torch.kron(self.A.flip(0), self.B)
@@ -185,6 +190,7 @@ class IgnoresGenerator(KroneckerBase):
         (Swapped, "test_forward_is_the_dense_product", {"leading": (2, 3), "bias": True}),
         (LosesEntries, "test_products_hold_every_entry_of_the_dense_weight", {}),
         (IgnoresGivenFactors, "test_products_hold_every_entry_of_the_dense_weight", {}),
+        (LeavesOutMatrix, "test_matrices_are_all_of_the_map", {}),
         (ForgetsBias, "test_forward_is_the_dense_product", {"leading": (), "bias": True}),
         (DetachedFactor, "test_gradients_are_those_of_the_dense_path", {"tokens": 5}),
         (DetachedDense, "test_gradcheck", {}),

@@ -1,7 +1,11 @@
-"""Greedy generation: dense and each structure with our decoder, and with Hugging Face's."""
+"""Greedy generation: dense and each structure with our decoder, and with Hugging Face's.
+
+On a CPU our weights are packed, and a second case has the step of a token compiled.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +19,7 @@ from factorlm.bench.model import ModelShape
 from factorlm.bench.options import DTYPES, BenchOptions
 from factorlm.config import Config, check
 from factorlm.errors import NumericError
-from factorlm.inference import Decoder, Sampling
+from factorlm.inference import Decoder, Sampling, pack_
 from factorlm.records import BenchmarkRecord
 
 GREEDY = Sampling(greedy=True)
@@ -59,9 +63,19 @@ def build(
     model = shape.build(None if name == "dense" else name, options).eval()
     few = decode.replace(num_new_tokens=min(NUM_CHECKED, decode.num_new_tokens))
     ours, theirs = ours_of(model, 1, few)(), huggingface_of(model, 1, few)()
-    if not torch.equal(ours, theirs):
+    packed = ours_of(packed_copy(model), 1, few)()
+    if not torch.equal(ours, theirs) or not torch.equal(packed, theirs):
         raise NumericError(f"{name}: the decoder's tokens differ from those of generate")
     return model
+
+
+def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` with packed weights; on an accelerator ``model``."""
+    if model.device.type != "cpu":
+        return model
+    packed = copy.deepcopy(model)
+    pack_(packed)
+    return packed
 
 
 def measure_decode(
@@ -78,8 +92,13 @@ def measure_decode(
     cases = {}
     for name, model in models.items():
         ideal = None if name == "dense" else num_bytes["dense"] / num_bytes[name]
-        for label, runner in ((name, ours_of), (f"{name}, HF", huggingface_of)):
-            run = runner(model, batch_size, decode)
+        runs = {
+            name: ours_of(packed_copy(model), batch_size, decode),
+            f"{name}, HF": huggingface_of(model, batch_size, decode),
+        }
+        if options.device == "cpu":
+            runs[f"{name}, compiled"] = ours_of(model, batch_size, decode, compiled=True)
+        for label, run in runs.items():
             cases[label] = BenchmarkCase(run=run, ideal_speedup=ideal, num_tokens=num_tokens)
     settings = {"batch_size": batch_size} | generation_settings(options, shape, decode, dtype)
     bars = partial(decode_bars, num_bytes, batch_size) if shape.width >= 1024 else no_bars
@@ -110,13 +129,19 @@ def decode_bars(num_bytes: Mapping[str, int], batch_size: int, times: Timings) -
     """low_rank against the bytes that one token has to read, and against Hugging Face."""
     if "low_rank" not in times:
         return []
-    name = "low_rank with generate of Hugging Face / with ours"
-    value = times.ratio("low_rank, HF", "low_rank")
-    bars = [Bar(name=name, value=value, limit=1.25, at_most=False)]
-    if batch_size == 1:
-        name = "dense / low_rank, by the ratio of their bytes"
-        value = times.ratio("dense", "low_rank") * num_bytes["low_rank"] / num_bytes["dense"]
-        bars.append(Bar(name=name, value=value, limit=0.85, at_most=False))
+    bars = []
+    byte_ratio = num_bytes["dense"] / num_bytes["low_rank"]
+    for ending in ("", ", compiled"):
+        ours, dense = f"low_rank{ending}", f"dense{ending}"
+        if ours not in times:
+            continue
+        value = times.ratio("low_rank, HF", ours)
+        name = f"low_rank with generate of Hugging Face / with ours{ending}"
+        bars.append(Bar(name=name, value=value, limit=1.25, at_most=False))
+        if batch_size == 1:
+            value = times.ratio(dense, ours) / byte_ratio
+            name = f"dense / low_rank{ending}, by the ratio of their bytes"
+            bars.append(Bar(name=name, value=value, limit=0.85, at_most=False))
     return bars
 
 
@@ -129,10 +154,10 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def ours_of(
-    model: PreTrainedModel, batch_size: int, decode: DecodeOptions
+    model: PreTrainedModel, batch_size: int, decode: DecodeOptions, *, compiled: bool = False
 ) -> Callable[[], torch.Tensor]:
     """Greedy generation with ``Decoder``; new ids (B, num_new_tokens)."""
-    decoder = Decoder(model)
+    decoder = Decoder(model, compiled=compiled)
     prompts = _prompts(model, batch_size, decode).tolist()
     count = decode.num_new_tokens
     return lambda: decoder.generate(prompts, max_new_tokens=count, sampling=GREEDY).ids

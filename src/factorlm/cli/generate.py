@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from factorlm.cli._model import add_model_arguments, find_run, open_model
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from factorlm.inference import Generation
 
 HELP = "generate text with a model, and say how fast"
@@ -73,8 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-premerge",
         action="store_true",
-        help="keep no merged copies of structured layers, even where they are faster (they are by "
-        "what factorlm tune measured here, else by a formula)",
+        help="keep no copies of weights: neither merged ones of structured layers where they are "
+        "faster (by what factorlm tune measured here, else by a formula), nor, on a CPU, packed "
+        "ones (as far as half of the free memory goes)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="on a CPU, compile the step of a token first: seconds that long texts win back",
     )
 
 
@@ -82,7 +90,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Write the texts to stdout, the speed to stderr and into the run's records."""
     from factorlm.config import check
     from factorlm.hf import model_folder
-    from factorlm.inference import Sampling, generate_texts, load_text_tokenizer, premerge_
+    from factorlm.inference import Sampling, generate_texts, load_text_tokenizer
 
     sampling = Sampling(
         greedy=args.greedy,
@@ -96,9 +104,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     model = open_model(args)
     tokenizer = load_text_tokenizer(model_folder(args.model))
     if not args.no_premerge:
-        report = premerge_(model)
-        if report.copy_bytes:
-            print(f"pre-merged: {report.copy_bytes / 2**20:,.1f} MiB of copies", file=sys.stderr)
+        _keep_copies(model, compiled=args.compile)
     alone = len(prompts) == 1
     if alone:
         print(prompts[0], end="", flush=True)
@@ -110,6 +116,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         sampling=sampling,
         stop=args.stop,
         on_text=(lambda row, text: print(text, end="", flush=True)) if alone else None,
+        compiled=args.compile,
     )
     if alone:
         print(flush=True)
@@ -118,6 +125,20 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     print(_speeds(done), file=sys.stderr)
     _record(args.model, prompts, done)
     return 0
+
+
+def _keep_copies(model: PreTrainedModel, *, compiled: bool) -> None:
+    """Merged ones; and packed ones, which a compiled step has of its own."""
+    from factorlm.inference import pack_, premerge_
+    from factorlm.measure import free_memory_bytes
+
+    merged = premerge_(model).copy_bytes
+    if merged:
+        print(f"pre-merged: {merged / 2**20:,.1f} MiB of copies", file=sys.stderr)
+    if not compiled:
+        packed = pack_(model, memory_budget_bytes=max(0, free_memory_bytes() // 2 - merged))
+        if packed:
+            print(f"packed: {packed / 2**20:,.1f} MiB of copies", file=sys.stderr)
 
 
 def _unescape(text: str) -> str:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from factorlm.inference.decoder import Decoder, TokenGeneration, generate_tokens
     from factorlm.inference.generate import Generation, generate_text, generate_texts
     from factorlm.inference.latency import LatencyTable, LayerCase, TokenLatency
+    from factorlm.inference.packing import pack_, unpack_
     from factorlm.inference.premerge import (
         PremergeReport,
         PremergeRow,
@@ -33,9 +34,11 @@ _EXPORTS = {
     "generate_texts": "generate",
     "generate_tokens": "decoder",
     "load_text_tokenizer": "text",
+    "pack_": "packing",
     "premerge_": "premerge",
     "premerged_layers": "premerge",
     "tune": "tuning",
+    "unpack_": "packing",
     "unpremerge_": "premerge",
 }
 
@@ -53,9 +56,11 @@ __all__ = [
     "generate_texts",
     "generate_tokens",
     "load_text_tokenizer",
+    "pack_",
     "premerge_",
     "premerged_layers",
     "tune",
+    "unpack_",
     "unpremerge_",
 ]
 

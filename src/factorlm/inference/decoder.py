@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from factorlm.config import check
-from factorlm.inference.graph import GraphSteps, can_capture
+from factorlm.inference.graph import GraphSteps, can_capture, can_compile
 from factorlm.inference.sampling import Sampler, Sampling
 from factorlm.inference.steps import Steps, plain_steps, takes_cache
 
@@ -55,14 +55,24 @@ class Decoder:
     before it allocates anew. A CUDA graph is captured once for each batch size, and reads the
     weights where they are: after a change that replaces them (``to``, merging), make a new
     ``Decoder``. ``cuda_graph=False`` is for a model whose own code cannot be captured.
+
+    ``compiled=True``, on a CPU, compiles the step of a token at the first one, which takes seconds
+    and a C++ compiler, for each batch size; it then runs without Python's part. The program holds
+    a packed copy of all weights: after any change of one, make a new ``Decoder``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_length: int | None = None, cuda_graph: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        max_length: int | None = None,
+        cuda_graph: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.max_length = max_length
         self._cuda_graph = cuda_graph
+        self._compiled = compiled
         self._kept: dict[tuple[object, ...], Steps] = {}
 
     @torch.no_grad()
@@ -138,6 +148,13 @@ class Decoder:
         return kept
 
     def _make_steps(self, batch: int, length: int) -> Steps:
+        if self._compiled:
+            check(
+                takes_cache(self.model) and can_compile(self.model, length),
+                f"compiled=True: {type(self.model).__name__} has to be on the CPU, and a step of "
+                "it the same at every length",
+            )
+            return GraphSteps(self.model, batch, length, compiled=True)
         if self._cuda_graph and takes_cache(self.model) and can_capture(self.model, length):
             return GraphSteps(self.model, batch, length)
         return plain_steps(self.model, length)

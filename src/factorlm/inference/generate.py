@@ -76,6 +76,7 @@ def generate_texts(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
+    compiled: bool = False,
 ) -> list[Generation]:
     """Go on with each prompt, all in one batch, until the end-of-text token, a string of ``stop``
     or ``max_new_tokens``.
@@ -83,14 +84,15 @@ def generate_texts(
     None stands for 200 tokens, or as many as the model has positions for; an empty prompt begins
     a new document. A stop string is not part of the text. ``on_text`` gets a row and its new text
     as it comes. A short generation before warms up, so that times are those of a process that
-    serves. Raises ``ConfigError`` where the tokens do not fit the model's positions.
+    serves. ``compiled`` is ``Decoder``'s. Raises ``ConfigError`` where the tokens do not fit the
+    model's positions.
     """
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, ids), default=0)
     count = _num_new_tokens(model, longest, max_new_tokens)
     streams = [TextStream(tokenizer, stop, _of_row(on_text, row)) for row in range(len(ids))]
     eos_ids = _eos_ids(model, tokenizer)
-    decoder = Decoder(model, max_length=longest + count)
+    decoder = Decoder(model, max_length=longest + count, compiled=compiled)
     warm_up = min(count, WARM_UP_TOKENS)
     decoder.generate(ids, max_new_tokens=warm_up, sampling=Sampling(greedy=True))
     done = decoder.generate(

@@ -1,7 +1,7 @@
-"""Decoding from a CUDA graph: one launch a token, however many kernels a model has.
+"""Decoding from a graph: of CUDA, one launch a token; on a CPU compiled, without Python's part.
 
-A graph replays kernels on fixed memory, so the cache and its mask have their full length and the
-place of the next token is a number on the device. Hugging Face's ``StaticCache`` is made for this.
+A graph works on fixed memory, so the cache and its mask have their full length and the place of the
+next token is a number on the device. Hugging Face's ``StaticCache`` is made for this.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ NUM_WARM_UPS = 3
 class GraphSteps(Steps):
     """Prompts are computed as usual; every later token replays one graph.
 
-    The graph is captured once, for ``batch`` rows of ``max_length`` tokens, and reads the weights
-    where they are: a model whose weights are replaced needs a new one.
+    The graph is made once, for ``batch`` rows of ``max_length`` tokens. A CUDA graph reads the
+    weights where they are: a model whose weights are replaced needs a new one. A ``compiled`` one
+    holds packed weights of its own: any change of a weight needs a new one.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: int, max_length: int, *, compiled: bool = False
+    ) -> None:
         self.max_length = max_length
         device = model.device
         self._logits = LastLogits(model)
@@ -36,7 +39,7 @@ class GraphSteps(Steps):
         self._position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         # Ones beyond the tokens so far are hidden by causality.
         self._mask = torch.ones(batch, max_length, dtype=torch.long, device=device)
-        self._replay = capture(self._step)
+        self._replay = compile_frozen(self._step) if compiled else capture(self._step)
 
     def prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
         """See ``Steps``."""
@@ -79,6 +82,22 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return output
 
     return replay
+
+
+def compile_frozen(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``step`` as one program, which its first call compiles; weights are constants of it, in the
+    order that is read fastest."""
+    frozen: Callable[[], Tensor] = torch.compile(
+        step, dynamic=False, fullgraph=True, options={"freezing": True}
+    )
+    return frozen
+
+
+def can_compile(model: PreTrainedModel, max_length: int) -> bool:
+    """Whether one compiled program serves every token of ``model``, up to ``max_length``: it is on
+    the CPU, and otherwise as in ``can_capture``."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return on_cpu and model._can_compile_fullgraph and is_steady(model, max_length)
 
 
 def can_capture(model: PreTrainedModel, max_length: int) -> bool:

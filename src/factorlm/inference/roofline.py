@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 
 from factorlm.inference.latency import LatencyTable, LayerCase, TokenLatency
+from factorlm.layers import LowRankConfig
 from factorlm.measure import has_fast_bf16
+from factorlm.ops.low_rank import expects_one_launch
 
 TOKEN_COUNTS = tuple(2**power for power in range(17))
 """1 to 65536. Beyond the last one the last one decides."""
@@ -75,7 +77,12 @@ def _estimate(case: LayerCase, num_tokens: int, machine: Machine) -> TokenLatenc
         traffic = operation.num_values * case.dtype.itemsize / machine.bytes_per_second
         return 1000 * max(arithmetic, traffic) + machine.overhead_ms
 
-    structured_ms = sum(map(milliseconds, _structured(case, num_tokens)))
+    operations = list(_structured(case, num_tokens))
+    if isinstance(case.config, LowRankConfig) and expects_one_launch(
+        case.device_type, case.dtype, num_tokens
+    ):
+        operations = [_Operation(*map(sum, zip(*operations, strict=True)))]
+    structured_ms = sum(map(milliseconds, operations))
     return TokenLatency(
         num_tokens=num_tokens,
         structured_ms=structured_ms,

@@ -12,6 +12,7 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.dense import DenseConfig, DenseLinear
 from factorlm.layers.low_rank import LowRankConfig, LowRankLinear
+from factorlm.layers.packed import PackedLinear
 from factorlm.layers.premerged import MergePolicy, PreMergedLinear
 from factorlm.layers.self_guided import Guide, SelfGuidedLinear
 from factorlm.layers.wrapper import StructuredWrapper, saved_name
@@ -29,6 +30,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankLinear",
     "MergePolicy",
+    "PackedLinear",
     "PreMergedLinear",
     "SelfGuidedLinear",
     "StructureConfig",

@@ -83,6 +83,11 @@ class StructuredLinear(nn.Module, ABC):
     ) -> tuple[Tensor, ...]:
         """The factors as the papers initialise them, in order, drawn on the CPU in float32."""
 
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The matrices that ``forward`` multiplies by, one after the other, where it does nothing
+        else but add the bias; empty where it does."""
+        return ()
+
     def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """The dense weight of ``factors``, in order of application, as a batch of small products.
 

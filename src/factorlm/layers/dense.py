@@ -50,6 +50,10 @@ class DenseLinear(StructuredLinear):
         """W itself, (O, I)."""
         return self.W
 
+    def matrices(self) -> tuple[Tensor]:
+        """W."""
+        return (self.W,)
+
     def nearest_factors(self, weight: Tensor) -> tuple[Tensor]:
         """``weight`` itself."""
         return (weight,)

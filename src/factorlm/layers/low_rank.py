@@ -72,6 +72,10 @@ class LowRankLinear(StructuredLinear):
         """U V, (O, I)."""
         return low_rank_dense(self.V, self.U)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """V, then U."""
+        return self.V, self.U
+
     def products(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """One: U by V."""
         V, U = factors

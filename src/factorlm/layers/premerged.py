@@ -8,21 +8,18 @@ Letters: I = in_features, O = out_features, N = tokens.
 
 from __future__ import annotations
 
-import functools
-import threading
-import weakref
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from factorlm.config import check
 from factorlm.layers.base import StructuredLinear
+from factorlm.layers.copies import Kept, KeptCopy, watchable_tensors
 from factorlm.layers.wrapper import StructuredWrapper
+from factorlm.ops.packed import can_pack, linear_packed, pack, takes_packed
 
 
 @final
@@ -52,7 +49,7 @@ class MergePolicy:
 
     @classmethod
     def never(cls) -> Self:
-        """Structured at any number of tokens: there is never a copy."""
+        """By its factors at any number of tokens: there is never a merged copy."""
         return cls(token_counts=(), merged=())
 
     @property
@@ -80,12 +77,15 @@ class MergePolicy:
 class PreMergedLinear(StructuredWrapper):
     """``structured`` with a merged copy M of its map, (O, I), used where ``policy`` says so.
 
+    On a CPU with oneDNN the copy is packed (``factorlm.ops.packed``), and where M is not used, so
+    is a copy of factors that are whole matrices.
+
     Only a call in eval mode without gradients (``torch.no_grad``, ``torch.inference_mode``) takes
-    M. Training, gradients, autocast, ``torch.compile``, the capture of a CUDA graph, and a layer
+    a copy. Training, gradients, autocast, ``torch.compile``, the capture of a CUDA graph, a layer
     with hooks or with tensors that are no plain parameters take ``structured``, which is always
     right.
 
-    M is computed by the first call that wants it. It is in no state dict and no list of
+    A copy is made by the first call that wants it. It is in no state dict and no list of
     parameters, and no copy of the module has it. It is dropped by ``train()``,
     ``load_state_dict``, moves to another device or dtype, any change of a factor that
     PyTorch counts, and a step of any optimizer of the process. A write that PyTorch does not count
@@ -106,10 +106,8 @@ class PreMergedLinear(StructuredWrapper):
 
     def _start(self) -> None:
         """What no copy of the module shares with it."""
-        self._copy: _Copy | None = None
-        self._epoch = object()
-        self._building = threading.Lock()
-        _watch(self)
+        self._merged = KeptCopy()
+        self._packed = KeptCopy()
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
@@ -117,23 +115,24 @@ class PreMergedLinear(StructuredWrapper):
         # Of the three, compilation comes first: nothing after it can be traced.
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             return structured(x)
-        if self.policy.merges(x.numel() // structured.in_features):
-            casts = torch.is_autocast_enabled(x.device.type)  # all of M, in every call
-            dense = None if casts or _is_captured(x) else self._merged()
-            if dense is not None:
-                return linear(x, dense, structured.bias)
-        return structured(x)
+        casts = torch.is_autocast_enabled(x.device.type)  # all of a copy, in every call
+        kept = None if casts or _is_captured(x) else self._kept(x)
+        if kept is None or (kept[0].is_mkldnn and not takes_packed(x, kept[0], structured.bias)):
+            return structured(x)
+        *first, last = kept
+        for matrix in first:
+            x = linear_packed(x, matrix)
+        return linear_packed(x, last, structured.bias)
 
     def invalidate(self) -> None:
-        """Drop the merged copy; the next call that wants it computes it anew."""
-        # A new epoch, since another thread may be computing a copy of the factors as they were.
-        self._epoch = object()
-        self._copy = None
+        """Drop all copies; the next call that wants one computes it anew."""
+        self._merged.drop()
+        self._packed.drop()
 
     @property
     def has_copy(self) -> bool:
         """Whether memory is held for a merged copy now."""
-        return self._copy is not None
+        return self._merged.exists
 
     @property
     def in_features(self) -> int:
@@ -150,7 +149,7 @@ class PreMergedLinear(StructuredWrapper):
         return self.structured.to_linear()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; training drops the merged copy."""
+        """Set the mode; training drops the copies."""
         if mode:
             self.invalidate()
         return super().train(mode)
@@ -159,27 +158,29 @@ class PreMergedLinear(StructuredWrapper):
         """Where it is merged."""
         return f"merged at tokens: {self.policy}"
 
-    def _merged(self) -> Tensor | None:
-        """M of the factors as they are; None where their changes could not be seen."""
-        tensors = _watchable_tensors(self.structured)
-        if tensors is None:
+    def _kept(self, x: Tensor) -> Kept | None:
+        """The matrices to multiply ``x`` by, one after the other; None: the structured layer."""
+        structured = self.structured
+        merges = self.policy.merges(x.numel() // structured.in_features)
+        matrices = structured.matrices()
+        packs = bool(matrices) and all(map(can_pack, matrices))
+        tensors = watchable_tensors(structured) if merges or packs else None
+        if tensors is None or x.dtype != tensors[0].dtype:
             return None
-        copy = self._copy
-        if copy is None or not copy.is_of(tensors, self._epoch):
-            del copy  # or the old M would live until the new one is there
-            with self._building:
-                copy = self._copy
-                if copy is None or not copy.is_of(tensors, self._epoch):
-                    self._copy = copy = None
-                    self._copy = copy = _make_copy(self.structured, tensors, self._epoch)
-        return copy.dense
+        if merges:
+            return self._merged.get(tensors, self._merge)
+        return self._packed.get(tensors, lambda: tuple(map(pack, structured.matrices())))
+
+    def _merge(self) -> Kept:
+        dense = self.structured.weight.contiguous()
+        return (pack(dense) if can_pack(dense) else dense,)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.invalidate()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_copy", "_epoch", "_building")
+        left_out = ("_merged", "_packed")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,94 +188,11 @@ class PreMergedLinear(StructuredWrapper):
         self._start()
 
 
-class _Source(NamedTuple):
-    """A tensor that M was computed from, as it was."""
-
-    tensor: Tensor
-    version: int
-    storage: torch.UntypedStorage
-    """Held, so that no other tensor can get its address."""
-    address: int
-
-
-class _Copy(NamedTuple):
-    """M and what it was computed from; never changed, so that threads see all of it or nothing."""
-
-    dense: Tensor
-    sources: tuple[_Source, ...]
-    epoch: object
-
-    def is_of(self, tensors: tuple[Tensor, ...], epoch: object) -> bool:
-        """Whether M is the map of ``tensors`` as they are."""
-        if self.epoch is not epoch or len(tensors) != len(self.sources):
-            return False
-        return all(
-            tensor is source.tensor
-            and tensor._version == source.version
-            and tensor.data_ptr() == source.address
-            for tensor, source in zip(tensors, self.sources, strict=True)
-        )
-
-
-def _watchable_tensors(layer: StructuredLinear) -> tuple[Tensor, ...] | None:
-    """The tensors of ``layer``; None where they may change unseen, or where its ``forward`` is not
-    all that a call does: sharded or wrapped tensors, those of inference mode, parametrisations,
-    hooks, and what accelerate puts in the place of ``forward``."""
-    if layer._modules or layer._forward_hooks or layer._forward_pre_hooks:
-        return None
-    if "forward" in layer.__dict__:
-        return None
-    parameters = [tensor for tensor in layer._parameters.values() if tensor is not None]
-    buffers = [tensor for tensor in layer._buffers.values() if tensor is not None]
-    # What `functional_call` lends to a layer is no parameter.
-    plain = all(type(tensor) is nn.Parameter for tensor in parameters)
-    plain = plain and all(type(tensor) is Tensor for tensor in buffers)
-    tensors = (*parameters, *buffers)
-    return tensors if plain and not any(tensor.is_inference() for tensor in tensors) else None
-
-
 def _is_captured(x: Tensor) -> bool:
     """Whether work on ``x`` goes into a CUDA graph, which is replayed when M may be gone."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _make_copy(layer: StructuredLinear, tensors: tuple[Tensor, ...], epoch: object) -> _Copy:
-    # Noted before M is computed: a change meanwhile must not go unseen.
-    sources = tuple(
-        _Source(tensor, tensor._version, tensor.untyped_storage(), tensor.data_ptr())
-        for tensor in tensors
-    )
-    dense = layer.weight.contiguous()
-    if dense.device.type not in ("cpu", "meta"):
-        torch.accelerator.current_stream(dense.device).synchronize()
-    return _Copy(dense, sources, epoch)
-
-
 def _after_load(module: nn.Module, incompatible_keys: object) -> None:
     assert isinstance(module, PreMergedLinear)
     module.invalidate()
-
-
-def _watch(layer: PreMergedLinear) -> None:
-    """Drop the copy of ``layer`` after a step of any optimizer, for as long as it lives."""
-    with _LAYERS_LOCK:
-        _watch_optimizers()
-        _LAYERS.add(layer)
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    """From the first layer on. The global hook sees fused optimizers too, which may write without
-    a change of version."""
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(*step: object) -> None:
-    with _LAYERS_LOCK:
-        layers = list(_LAYERS)
-    for layer in layers:
-        layer.invalidate()
-
-
-_LAYERS: weakref.WeakSet[PreMergedLinear] = weakref.WeakSet()
-_LAYERS_LOCK = threading.Lock()

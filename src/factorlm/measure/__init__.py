@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from factorlm.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from factorlm.measure.hardware import cpu_name, environment
+    from factorlm.measure.hardware import cpu_name, environment, free_memory_bytes
     from factorlm.measure.peak import has_fast_bf16, matmul_flops_per_second
     from factorlm.measure.timing import Measurement, measure_latency, synchronizer
 
@@ -13,6 +13,7 @@ __all__ = [
     "Measurement",
     "cpu_name",
     "environment",
+    "free_memory_bytes",
     "has_fast_bf16",
     "matmul_flops_per_second",
     "measure_latency",
@@ -25,6 +26,7 @@ __getattr__ = lazy_exports(
         "Measurement": "timing",
         "cpu_name": "hardware",
         "environment": "hardware",
+        "free_memory_bytes": "hardware",
         "has_fast_bf16": "peak",
         "matmul_flops_per_second": "peak",
         "measure_latency": "timing",

@@ -16,6 +16,7 @@ import torch
 from factorlm.memory import keeps_freed_memory
 
 _CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -56,6 +57,19 @@ def cpu_name() -> str:
 def num_cpu_cores() -> int:
     """Logical cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def free_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """What can be allocated on ``device`` now, as the driver or the system says."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemAvailable":
+                return 1024 * int(value.split()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache

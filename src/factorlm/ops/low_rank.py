@@ -2,15 +2,148 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import functools
+import importlib
+import warnings
+
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from factorlm.ops.autocast import matmul_dtype
+
+FEW_TOKENS = 64
+"""Up to here a GPU computes both products in one launch."""
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_ELEMENTS = 2**31 - 1
+"""Of a weight, for the kernel's indices."""
+MAX_DIFFERENCE = 0.02
+"""Between one launch and two matmuls, relative, in norm: above rounding in any dtype (TF32 in the
+matmuls included), and far below any mistake."""
 
 
 def low_rank(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (*, I), V (R, I), U (O, R), bias (O,) -> (*, O). arXiv 2407.09835, section 2."""
-    return linear(linear(x, V), U, bias)
+    """x (*, I), V (R, I), U (O, R), bias (O,) -> (*, O). arXiv 2407.09835, section 2.
+
+    One launch on a GPU, if Triton is there, for few tokens without gradients (``fits_one_launch``).
+    """
+    if torch.compiler.is_compiling() or not (_has_kernel(x) and fits_one_launch(x, V, U, bias)):
+        return linear(linear(x, V), U, bias)
+    y = _one_launch(x.view(-1, x.shape[-1]), V, U, bias)
+    return y.view(*x.shape[:-1], U.shape[0])
 
 
 def low_rank_dense(V: Tensor, U: Tensor) -> Tensor:
     """The dense weight U V, (O, I)."""
     return U @ V
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported. CUDA builds of PyTorch bring it along."""
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
+
+
+def expects_one_launch(device_type: str, dtype: torch.dtype, num_tokens: int) -> bool:
+    """Whether a call without gradients takes one launch, as far as these tell."""
+    few = num_tokens <= FEW_TOKENS
+    return device_type == "cuda" and few and dtype in FUSED_DTYPES and has_triton()
+
+
+def fits_one_launch(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether one launch gives what ``low_rank`` has to give: no gradients, no cast by autocast,
+    and up to ``FEW_TOKENS`` tokens in plain contiguous tensors of one dtype."""
+    if torch.is_grad_enabled() or _is_observed():
+        return False
+    tensors = (x, V, U) if bias is None else (x, V, U, bias)
+    return (
+        all(_is_plain(tensor, x) for tensor in tensors)
+        and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
+        and matmul_dtype(x) == x.dtype
+        and x.dtype in FUSED_DTYPES
+        and V.shape == (U.shape[-1], x.shape[-1])
+        and (bias is None or bias.shape == U.shape[:1])
+    )
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether ``x`` is on the current device, and that is one of NVIDIA's with bfloat16."""
+    return x.is_cuda and x.get_device() == torch.cuda.current_device() and _is_supported(x.device)
+
+
+@functools.cache
+def _is_supported(device: torch.device) -> bool:
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return modern and torch.version.hip is None and has_triton()
+
+
+def _is_observed() -> bool:
+    """Whether someone follows PyTorch's operators, who would not see the kernel: ``torch.jit``,
+    ``torch.func``, or a mode such as ``FlopCounterMode``."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _is_plain(tensor: Tensor, like: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype == like.dtype
+        and tensor.device == like.device
+        and tensor.numel() <= MAX_ELEMENTS
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+_AGREES: dict[tuple[object, ...], bool] = {}
+"""What came out for sizes and devices where one launch was compared with two matmuls."""
+
+
+def _one_launch(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, I) -> (N, O), by the kernel, if its first result for such sizes is right.
+
+    The first call also compiles, which a CUDA graph cannot take: there, what was not called before
+    are two matmuls.
+    """
+    from factorlm.ops.triton_low_rank import tiles_of
+
+    case = (x.device, x.dtype, V.shape, U.shape, bias is None, tiles_of(x, V, U))
+    agrees = _AGREES.get(case)
+    if agrees:
+        return _fused(x, V, U, bias)
+    y = linear(linear(x, V), U, bias)
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if agrees is None and not captured and bool(y.isfinite().all()):
+        found = _near(y, x, V, U, bias)
+        _AGREES[case] = found is not None
+        return y if found is None else found
+    return y
+
+
+def _fused(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
+    from factorlm.ops.triton_low_rank import fused_low_rank
+
+    return fused_low_rank(x, V, U, bias)
+
+
+def _near(y: Tensor, x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What the kernel gives, if that is ``y`` up to rounding; else None, and a warning."""
+    try:
+        found = _fused(x, V, U, bias)
+        difference = torch.linalg.vector_norm(found.float() - y.float())
+        relative = float(difference / torch.linalg.vector_norm(y.float()).clamp(min=1e-30))
+        if relative <= MAX_DIFFERENCE:
+            return found
+        problem = f"it differs by {relative:.1g} of the result"
+    except Exception as error:  # a compiler that is missing, a device that Triton does not know
+        problem = f"{type(error).__name__}: {error}"
+    sizes = f"{V.shape[1]} -> {V.shape[0]} -> {U.shape[0]} in {x.dtype}"
+    warnings.warn(f"low_rank {sizes} does without its Triton kernel: {problem}", stacklevel=2)
+    return None

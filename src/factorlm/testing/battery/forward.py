@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -45,6 +46,13 @@ class ForwardTests(StructureCases):
         left, right = layer.products(*factors)
         found, expected = (left @ right).flatten(), other.to_dense().flatten()
         assert_close(found.sort().values, expected.sort().values, rtol=1e-12, atol=1e-12)
+
+    def test_matrices_are_all_of_the_map(self, case: Case) -> None:
+        layer = build(case)
+        matrices = layer.matrices()
+        if matrices:
+            product = functools.reduce(lambda done, matrix: matrix @ done, matrices)
+            assert_close(product, layer.to_dense(), rtol=1e-12, atol=1e-12)
 
     def test_forward_reads_any_strides(self, case: Case) -> None:
         layer = build(case)
