@@ -30,6 +30,8 @@ def hardware(record: BenchmarkRecord) -> str:
     """Processor, threads and versions of a record."""
     values = record.environment
     where = values["gpu"] or f"{values['cpu']}, {values['num_threads']} threads"
+    limits = values.get("limits", {})
+    where += "".join(f", {name} {value:,.0f}" for name, value in limits.items())
     return f"{where}, torch {values['torch']}, {(values['commit'] or 'no commit')[:7]}"
 
 

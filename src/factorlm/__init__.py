@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from factorlm.data import PrepareConfig, TokenDataset, TokenLoader, open_dataset, prepare
     from factorlm.eval import evaluate_loss
     from factorlm.hf import SelfGuidedTraining, build_causal_lm, load
-    from factorlm.inference import premerge_, unpremerge_
+    from factorlm.inference import pack_, premerge_, unpack_, unpremerge_
     from factorlm.layers import (
         BlockDenseConfig,
         BlockDenseLinear,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         LowRankConfig,
         LowRankLinear,
         MergePolicy,
+        PackedLinear,
         PreMergedLinear,
         SelfGuidedLinear,
         StructureConfig,
@@ -66,6 +67,7 @@ _EXPORTS = {
     "LowRankConfig": "layers",
     "LowRankLinear": "layers",
     "MergePolicy": "layers",
+    "PackedLinear": "layers",
     "PreMergedLinear": "layers",
     "PrepareConfig": "data",
     "RecordFile": "records",
@@ -92,9 +94,11 @@ _EXPORTS = {
     "load": "hf",
     "load_recipe": "train",
     "open_dataset": "data",
+    "pack_": "inference",
     "premerge_": "inference",
     "prepare": "data",
     "training_flops": "accounting",
+    "unpack_": "inference",
     "unpremerge_": "inference",
 }
 
@@ -111,6 +115,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankLinear",
     "MergePolicy",
+    "PackedLinear",
     "PreMergedLinear",
     "PrepareConfig",
     "RecordFile",
@@ -138,9 +143,11 @@ __all__ = [
     "load",
     "load_recipe",
     "open_dataset",
+    "pack_",
     "premerge_",
     "prepare",
     "training_flops",
+    "unpack_",
     "unpremerge_",
 ]
 

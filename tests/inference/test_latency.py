@@ -152,7 +152,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no JSON": lambda path: path.write_bytes(b"\xff\x00garbage"),
     "another's JSON": lambda path: path.write_text('{"rows": []}'),
     "a list": lambda path: path.write_text("[1, 2]"),
-    "another format": seal(format_version=2),
+    "another format": seal(format_version=1),
     "another key": seal(key={"torch": "x"}),
     "no rows": seal(rows=[]),
     "rows of another shape": seal(rows=[[1, 2]]),

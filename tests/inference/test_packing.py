@@ -38,10 +38,11 @@ from factorlm.surgery import attach_guides_, factorize_
 from factorlm.testing.models import tiny_model
 
 IDS = torch.arange(12).view(2, 6)
+LOW_RANK = LowRankConfig(rank=8)
 PACKS = can_pack(torch.zeros(2, 2))
 """Whether float32 is packed here; all that is asked of results holds where it is not."""
 NUM_DENSE, NUM_FACTORED = 16, 6
-"""Of the model below: q, k, v, o of three layers, the first layer's FFN, the head; the other FFNs."""
+"""Of the model below: q, k, v, o of three layers, the first FFN, the head; the other FFNs."""
 FFN_WEIGHTS = 32 * 80
 FACTOR_WEIGHTS = 8 * (32 + 80)
 ATTENTION_WEIGHTS = 2 * 32 * 32 + 2 * 32 * 16
@@ -51,7 +52,7 @@ ALL_BYTES = DENSE_BYTES + 4 * NUM_FACTORED * FACTOR_WEIGHTS
 
 
 def structured(
-    config: StructureConfig = LowRankConfig(rank=8), dtype: torch.dtype = torch.float32
+    config: StructureConfig = LOW_RANK, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Three decoder layers, the first dense; large weights, so that the tokens vary."""
     torch.manual_seed(0)

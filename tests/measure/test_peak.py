@@ -34,3 +34,15 @@ def test_rate_is_the_best_of_growing_products(monkeypatch: pytest.MonkeyPatch) -
     assert matmul_flops_per_second(torch.float32) == pytest.approx(2 * 512**3 / 0.002)
     assert seen == [256] * 2 + [512] * 2 + [1024] * 12
     peak._measure.cache_clear()
+
+
+def test_limits_are_both_sides_of_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "matmul_flops_per_second", lambda dtype, device: 3e9)
+    monkeypatch.setattr(peak, "has_fast_bf16", lambda kind: False)
+    monkeypatch.setattr(peak, "STREAMED_BYTES", 4096)
+    peak.memory_bytes_per_second.cache_clear()
+    found = peak.machine_limits("cpu")
+    peak.memory_bytes_per_second.cache_clear()
+    assert list(found) == ["fp32_gflops", "memory_gb_per_second"]
+    assert found["fp32_gflops"] == 3
+    assert 0 < found["memory_gb_per_second"] < 1e5

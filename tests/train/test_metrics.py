@@ -24,8 +24,8 @@ MakeConfig = Callable[..., TrainConfig]
 
 @pytest.fixture(autouse=True)
 def peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of 1e9 FLOP/s."""
-    monkeypatch.setattr("factorlm.train.metrics.matmul_flops_per_second", lambda *args: 1e9)
+    """A machine of 1e11 FLOP/s."""
+    monkeypatch.setattr("factorlm.train.metrics.matmul_flops_per_second", lambda *args: 1e11)
 
 
 def shown(config: TrainConfig, runs: Path, *, terminal: bool) -> str:
@@ -45,7 +45,7 @@ def test_progress_shows_loss_perplexity_speed_and_utilisation(
     run = records[0]
     loss = sum(step.loss for step in steps) / len(steps)
     speed = 128 * 1000 * len(steps) / sum(step.step_ms for step in steps)
-    utilisation = 3 * run.forward_flops_per_token * speed / 1e9  # type: ignore[attr-defined]
+    utilisation = 3 * run.forward_flops_per_token * speed / 1e11  # type: ignore[attr-defined]
     assert f"loss {loss:.4f}" in text
     assert re.search(r"ppl \d+\.\d\d", text)
     assert f"{speed:,.0f} tok/s" in text
@@ -53,6 +53,15 @@ def test_progress_shows_loss_perplexity_speed_and_utilisation(
     assert "validation loss" in text
     assert "finished" in text
     assert "10/10" in text
+
+
+def test_utilisation_is_never_over_one(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the rate was measured beside another job."""
+    monkeypatch.setattr("factorlm.train.metrics.matmul_flops_per_second", lambda *args: 1.0)
+    text = shown(tiny_config(), tmp_path, terminal=False)
+    assert "MFU 100.0%" in text
 
 
 def test_a_missing_wandb_is_named_with_its_extra(

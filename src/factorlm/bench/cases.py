@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from factorlm.measure import Measurement, environment, measure_latency, synchronizer
+from factorlm.measure import (
+    Measurement,
+    environment,
+    machine_limits,
+    measure_latency,
+    synchronizer,
+)
 from factorlm.records import BarResult, BenchmarkRecord, CaseTimes
 
 
@@ -83,7 +89,7 @@ def measure_cases(
     return BenchmarkRecord(
         benchmark=benchmark,
         settings=dict(settings),
-        environment=environment(device),
+        environment=environment(device) | {"limits": machine_limits(device)},
         baseline=baseline,
         rounds=rounds,
         cases={

@@ -29,8 +29,8 @@ from factorlm.storage import (
     write_sealed_json,
 )
 
-FORMAT_VERSION = 1
-"""Of a cached table; raised when its meaning changes."""
+FORMAT_VERSION = 2
+"""Of a cached table; raised when its meaning changes. Since 2, a CPU packs what is timed."""
 
 
 @dataclass(frozen=True, kw_only=True)

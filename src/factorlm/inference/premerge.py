@@ -79,7 +79,8 @@ def premerge_(
             there is no table a formula decides, and also beyond the last token count of one whose
             merged copies are faster to the end.
         memory_budget_bytes: what the copies may take together; None is no limit. The layers that
-            save most time per byte come first.
+            save most time per byte come first. Factors that a CPU packs for the token counts that
+            take no merged copy (``factorlm.ops.packed``) are not counted.
 
     A model without structured layers is left as it is. Raises ``ConfigError`` for a model on the
     meta device, or one that has guides or merged copies already.

@@ -6,7 +6,12 @@ from factorlm.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from factorlm.measure.hardware import cpu_name, environment, free_memory_bytes
-    from factorlm.measure.peak import has_fast_bf16, matmul_flops_per_second
+    from factorlm.measure.peak import (
+        has_fast_bf16,
+        machine_limits,
+        matmul_flops_per_second,
+        memory_bytes_per_second,
+    )
     from factorlm.measure.timing import Measurement, measure_latency, synchronizer
 
 __all__ = [
@@ -15,8 +20,10 @@ __all__ = [
     "environment",
     "free_memory_bytes",
     "has_fast_bf16",
+    "machine_limits",
     "matmul_flops_per_second",
     "measure_latency",
+    "memory_bytes_per_second",
     "synchronizer",
 ]
 
@@ -28,8 +35,10 @@ __getattr__ = lazy_exports(
         "environment": "hardware",
         "free_memory_bytes": "hardware",
         "has_fast_bf16": "peak",
+        "machine_limits": "peak",
         "matmul_flops_per_second": "peak",
         "measure_latency": "timing",
+        "memory_bytes_per_second": "peak",
         "synchronizer": "timing",
     },
 )

@@ -1,4 +1,4 @@
-"""What matmuls a device is good at: its rate, which utilisation is relative to, and bf16."""
+"""What a device is good at: its matmul rate, which utilisation is relative to, bf16, its memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from factorlm.measure.timing import synchronizer
 
 BUDGET_SECONDS = 0.2
+STREAMED_BYTES = 2**28
+"""More than the caches of a processor hold."""
 SMALLEST, LARGEST = 256, 8192
 """Rows of the square matrices that are tried."""
 
@@ -33,6 +35,33 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cp
     Measured once in a process for each dtype, device and number of threads.
     """
     return _measure(dtype, torch.device(device), torch.get_num_threads())
+
+
+@functools.cache
+def memory_bytes_per_second(device: torch.device | str = "cpu") -> float:
+    """Bytes of a sum over more values than caches hold, by the fastest of a few times."""
+    device = torch.device(device)
+    values = torch.zeros(STREAMED_BYTES // 4, device=device)
+    wait = synchronizer(device)
+    best = float("inf")
+    for _ in range(6):  # the first also fetches the pages
+        wait()
+        started = time.perf_counter()
+        values.sum()
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return values.nbytes / best
+
+
+def machine_limits(device: torch.device | str = "cpu") -> dict[str, float]:
+    """The two sides of the roofline, for a record: GFLOP/s of matmuls by dtype, GB/s of memory."""
+    kind = torch.device(device).type
+    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_fast_bf16(kind) else {})
+    rates = {
+        f"{name}_gflops": matmul_flops_per_second(dtype, device) / 1e9
+        for name, dtype in dtypes.items()
+    }
+    return rates | {"memory_gb_per_second": memory_bytes_per_second(device) / 1e9}
 
 
 @functools.cache

@@ -121,6 +121,8 @@ class ProgressBar(Callback):
     def _status(self) -> str:
         loss = self._mean("loss")
         speed = self._tokens_per_step * 1000 / self._mean("step_ms")
+        # A machine that was busy while its rate was measured shows more now.
+        self._peak_tokens_per_second = max(self._peak_tokens_per_second, speed)
         return (
             f"loss {loss:.4f}  ppl {perplexity(loss):.2f}  {speed:,.0f} tok/s  "
             f"MFU {speed / self._peak_tokens_per_second:.1%}"
