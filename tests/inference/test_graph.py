@@ -93,6 +93,20 @@ def test_compiled_steps_give_the_tokens_of_plain_ones() -> None:
         assert torch.equal(found.ids, expected.ids)
 
 
+@torch.no_grad()
+def test_compiled_steps_hold_weights_of_their_own() -> None:
+    """What makes them fast on a CPU: constants can be packed."""
+    torch._dynamo.reset()
+    model = tiny_model("starcoder2", initializer_range=0.1)
+    steps = GraphSteps(model, 1, MAX_LENGTH, compiled=True)
+    prompt, token = tiny_input_ids(batch=1, length=LENGTH), torch.tensor([5])
+    steps.prefill(prompt, None)
+    before = steps.step(token).clone()
+    model.model.norm.weight.mul_(3)  # which no key or value comes from
+    steps.prefill(prompt, None)
+    assert torch.equal(steps.step(token), before)
+
+
 def test_a_model_that_is_no_single_program_is_not_compiled() -> None:
     decoder = Decoder(tiny_model("bloom"), compiled=True)
     with pytest.raises(ConfigError, match="compiled=True: BloomForCausalLM has to be on the CPU"):

@@ -7,6 +7,7 @@ next token is a number on the device. Hugging Face's ``StaticCache`` is made for
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -87,10 +88,19 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def compile_frozen(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``step`` as one program, which its first call compiles; weights are constants of it, in the
     order that is read fastest."""
-    frozen: Callable[[], Tensor] = torch.compile(
-        step, dynamic=False, fullgraph=True, options={"freezing": True}
-    )
-    return frozen
+    from torch._inductor import config
+
+    program = torch.compile(step, dynamic=False, fullgraph=True)
+    calls = itertools.count()
+
+    def run() -> Tensor:
+        if next(calls):
+            return program()
+        # As an option of torch.compile it has no effect; only the first call compiles.
+        with config.patch(freezing=True):
+            return program()
+
+    return run
 
 
 def can_compile(model: PreTrainedModel, max_length: int) -> bool:
