@@ -102,7 +102,7 @@ def test_compiled_steps_hold_weights_of_their_own() -> None:
     prompt, token = tiny_input_ids(batch=1, length=LENGTH), torch.tensor([5])
     steps.prefill(prompt, None)
     before = steps.step(token).clone()
-    model.model.norm.weight.mul_(3)  # which no key or value comes from
+    model.model.layers[-1].mlp.c_proj.weight.mul_(3)  # which no key or value comes from
     steps.prefill(prompt, None)
     assert torch.equal(steps.step(token), before)
 

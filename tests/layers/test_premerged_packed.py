@@ -157,7 +157,7 @@ def test_derivatives_and_errors_are_those_of_the_factors(policy: str) -> None:
                 layer.structured(x)
             with pytest.raises(RuntimeError) as found:
                 layer(x)
-            assert PACKS <= (str(found.value) == str(wanted.value))
+            assert str(found.value) == str(wanted.value) or not PACKS
 
 
 @pytest.mark.parametrize(

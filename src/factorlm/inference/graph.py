@@ -7,7 +7,6 @@ next token is a number on the device. Hugging Face's ``StaticCache`` is made for
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -91,12 +90,9 @@ def compile_frozen(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     from torch._inductor import config
 
     program = torch.compile(step, dynamic=False, fullgraph=True)
-    calls = itertools.count()
 
     def run() -> Tensor:
-        if next(calls):
-            return program()
-        # As an option of torch.compile it has no effect; only the first call compiles.
+        # As an option of torch.compile it has no effect, and a later call may compile again.
         with config.patch(freezing=True):
             return program()
 

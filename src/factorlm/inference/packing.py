@@ -20,10 +20,10 @@ def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:
     """Let the linear layers of ``model`` keep their weights packed too, in place.
 
     On a CPU a matmul with few tokens, as in decoding, waits for its weights, and oneDNN reads them
-    best in an order of its own. The layers compute what they computed, up to
-    rounding, and are saved as before. The copies are made by the first calls in eval mode without
-    gradients (``PackedLinear``, ``PreMergedLinear``). Where nothing can be packed (an accelerator,
-    float64, bf16 on a CPU without it, torch without oneDNN) the model is left as it is.
+    best in an order of its own. The layers compute what they computed, up to rounding, and are
+    saved as before. The copies are made by the first calls in eval mode without gradients
+    (``PackedLinear``, ``PreMergedLinear``). Where nothing can be packed (an accelerator, float64,
+    bf16 on a CPU without it, torch without oneDNN) the model is left as it is.
 
     Args:
         memory_budget_bytes: what the copies may take together; None is no limit. Layers come in
@@ -31,8 +31,8 @@ def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:
 
     Returns:
         The bytes that the copies take once all are there, but for what oneDNN adds to fill its
-        blocks of rows and columns. Layers that ``premerge_`` gave a merged
-        copy pack by themselves and do not count: call it first.
+        blocks of rows and columns. Layers that ``premerge_`` gave a merged copy pack by themselves
+        and do not count: call it first.
 
     Raises ``ConfigError`` for a model that has guides, or is itself a structured layer.
     """

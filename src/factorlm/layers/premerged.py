@@ -83,7 +83,7 @@ class PreMergedLinear(StructuredWrapper):
     Only a call in eval mode without gradients (``torch.no_grad``, ``torch.inference_mode``) takes
     a copy. Training, gradients, autocast, ``torch.compile``, the capture of a CUDA graph, a layer
     with hooks or with tensors that are no plain parameters take ``structured``, which is always
-    right.
+    right. Where copies are packed, so does what ``factorlm.ops.packed.takes_packed`` refuses.
 
     A copy is made by the first call that wants it. It is in no state dict and no list of
     parameters, and no copy of the module has it. It is dropped by ``train()``,
