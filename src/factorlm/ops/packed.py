@@ -7,6 +7,7 @@ packed once is read at the speed of memory: what a matmul with few tokens is mad
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if not weight.is_mkldnn:
         return linear(x, weight, bias)
     bias = bias if bias is None else bias.contiguous()  # the operator does not look at strides
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    y: Tensor = _multiply()(x.contiguous(), weight, bias, "none", [], "")
     return y
 
 
@@ -75,6 +76,13 @@ def _is_observed() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+@functools.cache
+def _multiply() -> Callable[..., Tensor]:
+    """The operator without the search for an overload in every call."""
+    operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return operator
 
 
 @functools.cache
