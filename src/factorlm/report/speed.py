@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from factorlm.config import check
 from factorlm.records import BenchmarkRecord
 from factorlm.report.figures import COLORS, save_picture
-from factorlm.report.tables import format_tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,5 +133,5 @@ def _finish(axes: Axes, axis: str) -> None:
 
     axes.set_xscale("log", base=2)
     axes.set_xlabel(AXES[axis])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
