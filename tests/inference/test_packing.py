@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+import factorlm.inference.packing as packing
 from factorlm.errors import ConfigError
 from factorlm.inference import (
     Sampling,
@@ -38,6 +39,20 @@ from factorlm.surgery import attach_guides_, factorize_
 from factorlm.testing.models import tiny_model
 
 IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _none_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MIN_BYTES", dict.fromkeys(packing.MIN_BYTES, 0))
+
+
+def test_small_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 32))
+    monkeypatch.setattr(packing, "MIN_BYTES", {torch.float32: 4 * 16 * 32})
+    assert pack_(layers) == (4 * 16 * 32 if can_pack(layers[1].weight) else 0)
+    assert type(layers[0]) is nn.Linear
+
+
 LOW_RANK = LowRankConfig(rank=8)
 PACKS = can_pack(torch.zeros(2, 2))
 """Whether float32 is packed here; all that is asked of results holds where it is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from factorlm.config import check
@@ -15,6 +16,10 @@ from factorlm.layers import (
 from factorlm.ops.packed import can_pack
 from factorlm.surgery import replace_everywhere
 
+MIN_BYTES = {torch.float32: 2**20, torch.bfloat16: 2**16}
+"""Of a layer's matrices. With fewer the processor's caches hold them, and oneDNN's operator, which
+takes some 10 µs to start, costs more than it saves."""
+
 
 def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:
     """Let the linear layers of ``model`` keep their weights packed too, in place.
@@ -23,7 +28,8 @@ def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:
     best in an order of its own. The layers compute what they computed, up to rounding, and are
     saved as before. The copies are made by the first calls in eval mode without gradients
     (``PackedLinear``, ``PreMergedLinear``). Where nothing can be packed (an accelerator, float64,
-    bf16 on a CPU without it, torch without oneDNN) the model is left as it is.
+    bf16 on a CPU without it, torch without oneDNN) the model is left as it is, and so are small
+    layers (``MIN_BYTES``).
 
     Args:
         memory_budget_bytes: what the copies may take together; None is no limit. Layers come in
@@ -78,4 +84,7 @@ def _plain_layers(model: nn.Module) -> list[nn.Linear | StructuredLinear]:
 def _packed_bytes(layer: nn.Linear | StructuredLinear) -> int:
     """What the copy of ``layer`` takes; 0: it can have none."""
     matrices = layer.matrices() if isinstance(layer, StructuredLinear) else (layer.weight,)
-    return sum(matrix.nbytes for matrix in matrices) if all(map(can_pack, matrices)) else 0
+    if not matrices or not all(map(can_pack, matrices)):
+        return 0
+    num_bytes = sum(matrix.nbytes for matrix in matrices)
+    return num_bytes if num_bytes >= MIN_BYTES[matrices[0].dtype] else 0
