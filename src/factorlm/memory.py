@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
 
     By default a tensor of 32 MiB or more is new memory each time, as is a smaller one that was at
     the top of the heap: the system clears its pages one by one as they are first touched, which
-    took a quarter of a low_rank FFN's training step where it was measured (reports/speed). The
+    took 4 to 12 % of a training step where it was measured (reports/speed). The
     price is that the process stays as large as it once was. For the whole process, CPU tensors
     alone; call it before the first large tensor. Returns False, and does nothing, where malloc is
     not glibc's.

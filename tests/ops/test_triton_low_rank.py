@@ -258,3 +258,12 @@ def test_a_result_that_is_not_finite_says_nothing_about_the_kernel(
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert not has_triton.__wrapped__()
+
+
+@torch.no_grad()
+def test_forward_derivatives_take_the_matmuls() -> None:
+    """``torch.no_grad`` does not stop them, and the kernel has none."""
+    x, V, U = torch.randn(2, 16), torch.randn(4, 16), torch.randn(8, 4)
+    assert fits_one_launch(x, V, U)
+    with torch.autograd.forward_ad.dual_level():
+        assert not fits_one_launch(x, V, U)

@@ -17,8 +17,8 @@ from factorlm.ops.packed import can_pack
 from factorlm.surgery import replace_everywhere
 
 MIN_BYTES = {torch.float32: 2**20, torch.bfloat16: 2**16}
-"""Of a layer's matrices. With fewer the processor's caches hold them, and oneDNN's operator, which
-takes some 10 µs to start, costs more than it saves."""
+"""Of a layer's matrices. With fewer the processor's caches hold them, and oneDNN's operator takes
+longer to start than it saves."""
 
 
 def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:

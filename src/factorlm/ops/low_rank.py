@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from factorlm.ops.autocast import matmul_dtype
+from factorlm.ops.observed import is_observed
 
 FEW_TOKENS = 64
 """Up to here a GPU computes both products in one launch."""
@@ -57,7 +58,7 @@ def expects_one_launch(device_type: str, dtype: torch.dtype, num_tokens: int) ->
 def fits_one_launch(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> bool:
     """Whether one launch gives what ``low_rank`` has to give: no gradients, no cast by autocast,
     and up to ``FEW_TOKENS`` tokens in plain contiguous tensors of one dtype."""
-    if torch.is_grad_enabled() or _is_observed():
+    if torch.is_grad_enabled() or is_observed():
         return False
     tensors = (x, V, U) if bias is None else (x, V, U, bias)
     return (
@@ -79,16 +80,6 @@ def _has_kernel(x: Tensor) -> bool:
 def _is_supported(device: torch.device) -> bool:
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     return modern and torch.version.hip is None and has_triton()
-
-
-def _is_observed() -> bool:
-    """Whether someone follows PyTorch's operators, who would not see the kernel: ``torch.jit``,
-    ``torch.func``, or a mode such as ``FlopCounterMode``."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def _is_plain(tensor: Tensor, like: Tensor) -> bool:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from factorlm.measure import has_fast_bf16
+from factorlm.ops.observed import is_observed
 
 TYPICAL_TOKENS = 16
 """What oneDNN is told to expect. The order that it chooses serves other counts as well."""
@@ -45,7 +45,7 @@ def takes_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     dtype = weight.dtype
     return (
         type(x) is Tensor
-        and not _is_observed()
+        and not is_observed()
         and x.is_cpu
         and x.layout == torch.strided
         and not x.is_nested
@@ -65,17 +65,6 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     bias = bias if bias is None else bias.contiguous()  # the operator does not look at strides
     y: Tensor = _multiply()(x.contiguous(), weight, bias, "none", [], "")
     return y
-
-
-def _is_observed() -> bool:
-    """By ``torch.jit``, ``torch.func``, forward-mode derivatives, which are no matter of
-    ``torch.no_grad``, or a mode such as ``FlopCounterMode``."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 @functools.cache
