@@ -10,8 +10,8 @@ import pytest
 
 from factorlm.measure import environment
 
-MANY_FAULTS = 8 * 64 * 2**20 // 4096 // 2
-"""Half of what eight new tensors of 64 MiB cost in pages of 4 KiB."""
+NEW_TENSORS = 16 * 64 * 2**20 // 4096
+"""What sixteen new tensors of 64 MiB cost in pages of 4 KiB."""
 
 PROGRAM = """
 import resource, sys
@@ -23,7 +23,7 @@ assert keeps_freed_memory() == done
 for _ in range(8):
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+for _ in range(16):
     torch.ones(2**24)
 print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -41,9 +41,10 @@ def test_kept_memory_costs_no_page_faults(mode: str) -> None:
     on_glibc = platform.libc_ver()[0] == "glibc"
     assert kept == (mode == "keep" and on_glibc)
     if kept:
-        assert faults < MANY_FAULTS / 100
+        # Where the heap begins is drawn anew, so it may still widen by a tensor or two.
+        assert faults < NEW_TENSORS / 4
     elif on_glibc and platform.machine() == "x86_64":
-        assert faults > MANY_FAULTS  # else there is nothing to win
+        assert faults > NEW_TENSORS / 2  # else there is nothing to win
 
 
 def test_records_say_whether_memory_is_kept() -> None:
