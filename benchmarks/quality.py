@@ -65,21 +65,10 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """Every run that is known to be needed so far, in the order to run them."""
-        rows = dict(self.values["rows"])
-        sweeps = [run for name, row in rows.items() for run in self._sweep(name, row)]
-        blocks = self._block_rows()
-        rows |= blocks
-        later = [run for name, row in blocks.items() for run in self._sweep(name, row)]
-        full = [run for name, row in rows.items() for run in self._full(name, row)]
-        everything = [
-            *sweeps,
-            *self._transfer(),
-            *later,
-            *full,
-            *self._seeds(rows),
-            *self._longer(),
-            *self._explore(),
+        sweeps = [
+            run for name, row in self.values["rows"].items() for run in self._sweep(name, row)
         ]
+        everything = [*sweeps, *self._transfer(), *self._full()]
         return list({run.name: run for run in everything}.values())
 
     def pending(self) -> list[Run]:
@@ -95,73 +84,17 @@ class Plan:
         """The grid of a row, extended by factors of two."""
         return extended(rates, 2.0, lambda rate: self.losses.get(f"sweep-{name}-{rate:g}"))
 
-    def best_rate(self, name: str, row: Mapping[str, Any]) -> float | None:
-        """The tuned learning rate; None while it is not known."""
-        found = {
-            rate: self.losses.get(f"sweep-{name}-{rate:g}")
-            for rate in self._rates(name, row["rates"])
-        }
-        if None in found.values():
-            return None
-        return min(found, key=lambda rate: found[rate] or 0.0)
-
-    def _low_rank(self, score: Callable[[str], Any]) -> list[str]:
-        """The low_rank rows from the best to the worst; none while one is not tuned."""
-        rows = {k: v for k, v in self.values["rows"].items() if k.startswith("low_rank")}
-        if any(self.best_rate(name, row) is None for name, row in rows.items()):
-            return []
-        return sorted(rows, key=score)
-
-    def _sweep_loss(self, name: str) -> float:
-        rates = self._rates(name, self.values["rows"][name]["rates"])
-        return min(self.losses[f"sweep-{name}-{rate:g}"] for rate in rates)
-
-    def _full_loss(self, name: str) -> tuple[bool, float]:
-        """By the better of C and G; a row without them comes last, by its sweep."""
-        found = [self.losses.get(f"{name}-{point}-s0") for point in "CG"]
-        done = [loss for loss in found if loss is not None]
-        return (len(done) < 2, min(done) if len(done) == 2 else self._sweep_loss(name))
-
-    def _best_low_rank(self) -> list[str]:
-        return self._low_rank(self._full_loss)
-
-    def _block_rows(self) -> dict[str, Mapping[str, Any]]:
-        """Chosen by the sweeps alone, so that full runs do not change the choice; of optimizers
-        that serve blocks."""
-        rows = self.values["rows"]
-        best = [name for name in self._low_rank(self._sweep_loss) if "lora" not in name][:2]
-        return {
-            f"{kind.removesuffix('_32')}_{name.removeprefix('low_rank_')}": {
-                **rows[name],
-                "recipe": kind,
-                "rates": _around(self.best_rate(name, rows[name]) or 0.0),
-            }
-            for kind in self.values["block_rows"]
-            for name in best
-        }
-
-    def _full(self, name: str, row: Mapping[str, Any], seed: int = 0) -> Iterator[Run]:
-        rate = self.best_rate(name, row)
-        points = self.values["points"].get(name, self.values["points"]["other"])
-        for point in points if rate is not None else ():
-            yield self._run(f"{name}-{point}-s{seed}", row, rate, point, seed=seed)
-
-    def _seeds(self, rows: Mapping[str, Any]) -> Iterator[Run]:
-        names = [self.values["budget_row"], "wide", "wide_gqa", *self._best_low_rank()[:2]]
-        for seed in self.values["seeds"][1:]:
-            for name in names:
-                for run in self._full(name, rows[name], seed):
-                    if name in names[:3] or "-T-" not in run.name:
-                        yield run
-
-    def _longer(self) -> Iterator[Run]:
-        names = [self.values["budget_row"], *self._best_low_rank()[:1]]
-        scale = self.values["longer"]
-        for name, points in zip(names, ("T", "CG"), strict=False):
-            row = self.values["rows"][name]
-            rate = self.best_rate(name, row)
-            for point in points if rate is not None else ():
-                yield self._run(f"longer-{name}-{point}", row, rate, point, scale=scale)
+    def _full(self) -> Iterator[Run]:
+        """All runs at the full number of tokens; first seeds first."""
+        rows = self.values["full"].items()
+        for seed in range(max([1, *(n for _, row in rows for n in row.get("seeds", {}).values())])):
+            for name, entry in rows:
+                row = self.values["rows"].get(entry.get("row"), {}) | entry
+                rate, scale = float(row["rate"]), row.get("scale", 1)
+                for point in row["points"]:
+                    if seed < row.get("seeds", {}).get(point, 1):
+                        run = f"{name}-{point}-s{seed}"
+                        yield self._run(run, row, rate, point, seed=seed, scale=scale)
 
     def _transfer(self) -> Iterator[Run]:
         section = self.values["transfer"]
@@ -188,13 +121,6 @@ class Plan:
                     | {"optimizer": optimizer}
                     | {"batch": batch, "eval": _sweep_eval()},
                 )
-
-    def _explore(self) -> Iterator[Run]:
-        """What else was tried, each with its own rate."""
-        for name, row in self.values["explore"].items():
-            for point in row["points"]:
-                run = f"explore-{name}-{point}"
-                yield self._run(run, row, float(row["rate"]), point, scale=row.get("scale", 1))
 
     @property
     def _share(self) -> float:
@@ -264,10 +190,6 @@ def extended(
             grid.append(grid[-1] * factor)
         else:
             return grid
-
-
-def _around(rate: float) -> list[float]:
-    return [rate / 2, rate, rate * 2]
 
 
 def _sweep_eval() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 REPORT = Path("reports/quality")
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """Student's t at 95 %, by degrees of freedom."""
-COLUMNS = ("T", "C", "G")
+COLUMNS = ("T", "C", "G", "F")
 
 
 @dataclass(frozen=True)
@@ -85,58 +85,77 @@ def minutes(result: Result, row: str, times: Mapping[str, float]) -> str:
     return f"{(plain + guided * times.get(f'{row} guided', 0.0)) / 60000:.1f}"
 
 
-def full_table(results: Mapping[str, Result]) -> str:
-    """Rows against points, over seeds."""
+def full_runs(results: Mapping[str, Result]) -> dict[str, dict[str, list[Result]]]:
+    """Row -> point -> its results, by seed; rows from the best to the worst."""
     found: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for name, result in results.items():
+    for name, result in sorted(results.items()):
         head, dash, _ = name.rpartition("-s")
         row, _, point = head.rpartition("-")
         if dash and point in COLUMNS:
             found[row][point].append(result)
+    return dict(sorted(found.items(), key=lambda item: min(map(mean_loss, item[1].values()))))
+
+
+def mean_loss(results: list[Result]) -> float:
+    return statistics.mean(result.loss for result in results)
+
+
+def full_table(found: Mapping[str, Mapping[str, list[Result]]]) -> str:
+    """Rows against points, over seeds."""
     times = step_times()
     rows = []
-    for row, points in sorted(found.items()):
+    for row, points in found.items():
         cells = [interval([r.loss for r in points[p]]) if p in points else "" for p in COLUMNS]
-        last = points.get("G") or points.get("C") or points["T"]
-        flops = f"{last[0].run.executed_flops or 0:.3e}"
-        wall = [minutes(points[p][0], row, times) if p in points else "" for p in COLUMNS]
-        rate = f"{last[0].run.config['optimizer']['learning_rate']:g}"
-        rows.append([row, rate, *cells, flops, " / ".join(wall) if any(wall) else ""])
-    header = ["row", "rate", *COLUMNS, "executed FLOPs of the last", "minutes T / C / G"]
-    return table(header, rows)
+        last = list(points.values())[-1][0].run
+        wall = [minutes(points[p][0], row, times) for p in COLUMNS if p in points]
+        params = f"{last.num_non_embedding_params / 1e3:,.0f}"
+        rate = f"{last.config['optimizer']['learning_rate']:g}"
+        rows.append([row, rate, params, *cells, " / ".join(wall) if any(wall) else ""])
+    return table(["row", "rate", "K params", *COLUMNS, "minutes, by point"], rows)
 
 
-def explored_table(results: Mapping[str, Result]) -> str:
-    """What else was tried, from the best to the worst."""
-    found = [r for name, r in results.items() if name.startswith(("explore-", "longer-"))]
+def spent_table(found: Mapping[str, Mapping[str, list[Result]]]) -> str:
+    """Tokens and FLOPs of every point."""
     rows = []
-    for result in sorted(found, key=lambda r: (r.name.split("-")[0], r.loss)):
-        run, config = result.run, result.run.config
-        rows.append(
-            [
-                result.name,
-                f"{config['optimizer']['learning_rate']:g}",
-                f"{run.num_non_embedding_params / 1e3:,.0f}",
-                f"{run.num_steps * run.tokens_per_step / 1e6:.2f}",
-                f"{run.executed_flops or 0:.3e}",
-                f"{result.loss:.4f}",
-            ]
-        )
-    header = ["run", "rate", "K parameters beside the embedding", "M tokens"]
-    return table([*header, "executed FLOPs", "loss"], rows)
+    for row, points in found.items():
+        for point, results in points.items():
+            run = results[0].run
+            tokens = run.num_steps * run.tokens_per_step / 1e6
+            flops = [f"{run.training_flops:.3e}", f"{run.executed_flops or 0:.3e}"]
+            guided = f"{run.num_guide_steps / run.num_steps:.3f}" if run.num_guide_steps else ""
+            rows.append([f"{row}-{point}", f"{tokens:.2f}", guided, *flops])
+    return table(["run", "M tokens", "guided steps", "model FLOPs", "executed FLOPs"], rows)
 
 
-def guidance_table(results: Mapping[str, Result]) -> str:
+def difference_table(
+    found: Mapping[str, Mapping[str, list[Result]]], against: str = "dense_rate8-T"
+) -> str:
+    """Every point minus the best dense run, over seeds that both have."""
+    row, _, point = against.rpartition("-")
+    base = {result.run.config["seed"]: result.loss for result in found[row][point]}
+    rows = []
+    for name, points in found.items():
+        for column, results in points.items():
+            if name != row and not name.startswith("longer"):
+                seeds = {r.run.config["seed"]: r.loss for r in results}
+                pairs = [loss - base[seed] for seed, loss in seeds.items() if seed in base]
+                rows.append((statistics.mean(pairs), f"{name}-{column}", interval(pairs)))
+    return table(["run", f"nats over {against}"], [row[1:] for row in sorted(rows)])
+
+
+def guidance_table(found: Mapping[str, Mapping[str, list[Result]]]) -> str:
     """Where G beats C: the difference of pairs with one seed."""
-    pairs: dict[str, list[float]] = defaultdict(list)
-    for name, result in results.items():
-        other = results.get(name.replace("-C", "-G"))
-        if "-C" in name and other is not None:
-            row = name.partition("-C")[0]
-            pairs[row].append(other.loss - result.loss)
-    return table(
-        ["row", "G − C, nats"], [[row, interval(found)] for row, found in sorted(pairs.items())]
-    )
+    rows = []
+    for row, points in found.items():
+        plain = {r.run.config["seed"]: r.loss for r in points.get("C", [])}
+        pairs = [
+            r.loss - plain[r.run.config["seed"]]
+            for r in points.get("G", [])
+            if r.run.config["seed"] in plain
+        ]
+        if pairs:
+            rows.append([row, interval(pairs)])
+    return table(["row", "G − C, nats"], rows)
 
 
 def sweep_table(results: Mapping[str, Result]) -> tuple[str, dict[str, dict[float, float]]]:
@@ -189,11 +208,11 @@ def main() -> None:
     sweeps, curves = sweep_table(results)
     parts = ["<!-- written by benchmarks/quality_report.py -->\n"]
     parts.append(f"# Results so far: {len(results)} runs\n")
-    parts.append("## At the full number of tokens\n\n" + full_table(results) + "\n")
-    if any(name.startswith(("explore-", "longer-")) for name in results):
-        parts.append("## What else was tried\n\n" + explored_table(results) + "\n")
-    if any("-G" in name for name in results):
-        parts.append("## What guidance wins\n\n" + guidance_table(results) + "\n")
+    found = full_runs(results)
+    parts.append("## At the full number of tokens\n\n" + full_table(found) + "\n")
+    parts.append("## Against the best dense row\n\n" + difference_table(found) + "\n")
+    parts.append("## What guidance wins\n\n" + guidance_table(found) + "\n")
+    parts.append("## What each run spent\n\n" + spent_table(found) + "\n")
     parts.append("## Learning rates, at a quarter of the tokens\n\n" + sweeps + "\n")
     if curves:
         draw_curves(curves, "Tuning at a quarter of the tokens", REPORT / "sweeps.png")

@@ -9,6 +9,7 @@ This times whole steps of the Trainer, rows taking turns, on one thread, with no
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -34,8 +35,15 @@ def configs() -> dict[str, TrainConfig]:
     for run in Plan(values, load_losses()).runs():
         row, _, point = run.name.removesuffix("-s0").rpartition("-")
         if run.name.endswith("-s0"):
-            found[f"{row} guided" if point == "G" else row] = few_steps(run, values["recipes"])
+            found[f"{row} guided" if point in "GF" else row] = few_steps(run, values["recipes"])
     return found
+
+
+def alike(config: TrainConfig) -> str:
+    """Rows that agree in this differ in the learning rate alone and take the same time."""
+    plain: dict[str, Any] = config.to_dict()
+    plain["optimizer"]["learning_rate"] = plain["name"] = None
+    return json.dumps(plain)
 
 
 def few_steps(run: Run, recipes: str) -> TrainConfig:
@@ -64,11 +72,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = configs()
-    found: dict[str, list[float]] = {name: [] for name in rows}
+    first = {alike(config): name for name, config in reversed(rows.items())}
+    found: dict[str, list[float]] = {name: [] for name in reversed(first.values())}
     for _ in range(args.rounds):
-        for name, config in rows.items():
-            found[name].append(round(step_ms(config), 2))
-    medians = {name: statistics.median(values) for name, values in found.items()}
+        for name, values in found.items():
+            values.append(round(step_ms(rows[name]), 2))
+    medians = {
+        name: statistics.median(found[first[alike(config)]]) for name, config in rows.items()
+    }
     result = {
         "benchmark": "quality_steps",
         "environment": environment(torch.device("cpu")),

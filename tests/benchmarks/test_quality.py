@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from factorlm.records import EvalRecord, RecordFile, RunRecord
 from factorlm.train.describe import describe
 
 ROOT = Path(__file__).parents[2]
@@ -46,14 +47,8 @@ def done(quality: Any, values: Any, loss_of: Callable[[Any], float], rounds: int
 
 
 def bowl(best: float) -> Callable[[Any], float]:
-    """Losses with one best rate; Spectron a little better than the rest."""
-
-    def loss_of(run: Any) -> float:
-        rate = run.sections["optimizer"]["learning_rate"]
-        bonus = 0.1 if run.sections["optimizer"]["kind"] == "spectron" else 0.0
-        return abs(rate / best - 1) - bonus
-
-    return loss_of
+    """Losses with one best rate."""
+    return lambda run: abs(run.sections["optimizer"]["learning_rate"] / best - 1)
 
 
 def test_grids_grow_outward_until_the_best_is_inside(quality: Any) -> None:
@@ -63,49 +58,81 @@ def test_grids_grow_outward_until_the_best_is_inside(quality: Any) -> None:
     assert quality.extended([16, 8, 32], 2.0, (losses | {32.0: 3.0}).get) == [4, 8, 16, 32]
 
 
-def test_only_what_needs_no_tuned_rate_comes_first(quality: Any, values: Any) -> None:
-    names = {run.name for run in quality.Plan(values, {}).pending()}
-    assert all(name.startswith(("sweep-", "transfer-", "explore-")) for name in names)
-    for row in values["rows"]:
-        assert sum(name.startswith(f"sweep-{row}-") for name in names) >= 3
-
-
-def test_full_runs_take_the_tuned_rate(quality: Any, values: Any) -> None:
-    plan = done(quality, values, bowl(0.03))
+def test_every_row_is_swept_until_its_best_rate_is_inside(quality: Any, values: Any) -> None:
+    plan = done(quality, values, bowl(0.001))
     assert plan.pending() == []
-    full = [run for run in plan.runs() if run.name.endswith("-s0")]
-    assert {run.sections["optimizer"]["learning_rate"] for run in full} <= {0.016, 0.032}
-    for run in plan.runs():
-        if run.name.startswith("sweep-dense_adamw"):
-            assert run.sections["optimizer"]["learning_rate"] <= 0.064
+    for row in values["rows"]:
+        rates = sorted(
+            run.sections["optimizer"]["learning_rate"]
+            for run in plan.runs()
+            if run.name.startswith(f"sweep-{row}-")
+        )
+        assert len(rates) >= 3
+        assert rates[0] < 0.001 < rates[-1]
 
 
-def test_every_structured_row_has_its_points_and_the_best_have_seeds(
+def test_full_runs_take_their_stated_rate_and_what_their_row_says(
     quality: Any, values: Any
 ) -> None:
-    names = {run.name for run in done(quality, values, bowl(0.03)).runs()}
-    for row in ("low_rank_adamw", "low_rank_aware", "low_rank_muon", "low_rank_spectron"):
-        assert {f"{row}-{point}-s0" for point in "TCG"} <= names
-    for kind in ("block_shuffle", "block_dense"):
-        rows = {name.rsplit("-", 2)[0] for name in names if name.startswith(kind)}
-        assert len(rows) == 2
-        assert f"{kind}_spectron" in rows
-    for row in ("dense_muon-T", "wide-C", "wide_gqa-C", "low_rank_spectron-G"):
-        assert {f"{row}-s{seed}" for seed in (0, 1, 2)} <= names
-    assert {"longer-dense_muon-T", "longer-low_rank_spectron-C"} <= names
+    runs = {run.name: run for run in quality.Plan(values, {}).runs()}
+    for name, entry in values["full"].items():
+        for point in entry["points"]:
+            run = runs[f"{name}-{point}-s0"]
+            row = values["rows"].get(entry.get("row"), {}) | entry
+            assert run.recipe == row["recipe"]
+            assert run.sections["optimizer"]["learning_rate"] == float(entry["rate"])
+            assert run.sections["optimizer"]["kind"] == row["optimizer"]["kind"]
+
+
+def test_every_structure_and_optimizer_has_its_points_and_the_best_have_seeds(
+    quality: Any, values: Any
+) -> None:
+    runs = quality.Plan(values, {}).runs()
+    found = {
+        (run.recipe, run.sections["optimizer"]["kind"], run.name.split("-")[-2])
+        for run in runs
+        if run.name.endswith("-s0")
+    }
+    for kind in ("low_rank_32", "block_shuffle_32", "block_dense_32"):
+        for optimizer in ("muon", "spectron"):
+            assert {(kind, optimizer, point) for point in "TCG"} <= found
+    assert {("low_rank_32", "adamw", point) for point in "TCG"} <= found
+    names = [run.name for run in runs]
+    for row in ("dense_rate8-T", "wide_h128_block_shuffle-C", "low_rank_rate8-G"):
+        assert {f"{row}-s{seed}" for seed in (0, 1, 2)} <= set(names)
+    assert {"longer_dense-T-s0", "longer_low_rank-C-s0", "longer_low_rank-G-s0"} <= set(names)
+
+
+def test_records_belong_to_the_plan(quality: Any, values: Any) -> None:
+    """No record that the plan does not ask for, and each at the plan's rate and seed."""
+    folder = ROOT / "reports" / "quality" / "records"
+    records = {path.stem: next(iter(RecordFile(path))) for path in folder.glob("*.jsonl")}
+    losses = {path.stem: loss_of(path) for path in folder.glob("*.jsonl")}
+    runs = {run.name: run for run in quality.Plan(values, losses).runs()}
+    assert set(records) <= set(runs)
+    for name, record in records.items():
+        assert isinstance(record, RunRecord)
+        config = runs[name].config(RECIPES).to_dict()
+        for section in ("optimizer", "structure", "model", "batch"):
+            assert record.config[section] == config[section], name
+        assert record.config["seed"] == config["seed"]
+
+
+def loss_of(path: Path) -> float:
+    return [r for r in RecordFile(path) if isinstance(r, EvalRecord)][-1].loss
 
 
 def test_c_and_g_spend_what_the_best_dense_row_spends(quality: Any, values: Any) -> None:
     """Executed FLOPs, to within a step and a guided step."""
-    runs = {run.name: run for run in done(quality, values, bowl(0.03)).runs()}
-    budget = describe(runs["dense_muon-T-s0"].config(RECIPES)).training.executed_flops
-    rows = ["low_rank_muon", "low_rank_spectron", "low_rank_aware", "block_shuffle_spectron"]
-    for row in rows:
+    runs = {run.name: run for run in quality.Plan(values, {}).runs()}
+    budget = describe(runs["dense_rate8-T-s0"].config(RECIPES)).training.executed_flops
+    rows = ["low_rank_muon_rate8", "low_rank_spectron_rate16", "low_rank_aware_rate8"]
+    for row in [*rows, "block_shuffle_spectron"]:
         for point in "CG":
             plan = describe(runs[f"{row}-{point}-s0"].config(RECIPES)).plan
             slack = plan.step.executed_flops
             slack += plan.guided_step.executed_flops if plan.guided_step else 0
             assert abs(plan.total.executed_flops - budget) <= slack
             assert (plan.guide is not None) == (point == "G")
-    plain = describe(runs["low_rank_muon-T-s0"].config(RECIPES)).plan
-    assert plain.num_steps == describe(runs["dense_muon-T-s0"].config(RECIPES)).plan.num_steps
+    plain = describe(runs["low_rank_muon_rate8-T-s0"].config(RECIPES)).plan
+    assert plain.num_steps == describe(runs["dense_rate8-T-s0"].config(RECIPES)).plan.num_steps
