@@ -156,11 +156,20 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def ours_of(
     model: PreTrainedModel, batch_size: int, decode: DecodeOptions, *, compiled: bool = False
 ) -> Callable[[], torch.Tensor]:
-    """Greedy generation with ``Decoder``; new ids (B, num_new_tokens)."""
-    decoder = Decoder(model, compiled=compiled)
+    """Greedy generation with ``Decoder``; new ids (B, num_new_tokens).
+
+    A ``Decoder`` changes how its model attends, so it gets one of its own, over the same weights.
+    """
+    decoder = Decoder(_sharing(model), compiled=compiled)
     prompts = _prompts(model, batch_size, decode).tolist()
     count = decode.num_new_tokens
     return lambda: decoder.generate(prompts, max_new_tokens=count, sampling=GREEDY).ids
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` with its parameters and buffers."""
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept)
 
 
 def huggingface_of(
