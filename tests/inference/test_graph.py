@@ -107,6 +107,20 @@ def test_compiled_steps_hold_weights_of_their_own() -> None:
     assert torch.equal(steps.step(token), before)
 
 
+def test_programs_of_two_models_are_not_taken_for_each_other() -> None:
+    """Programs check nothing when they are called, so each has to be found by its own decoder."""
+    models = [tiny_model("gpt2"), tiny_model("gpt2")]
+    torch.nn.init.normal_(models[1].get_input_embeddings().weight)
+    decoders = [Decoder(model, max_length=MAX_LENGTH, compiled=True) for model in models]
+    for _ in range(2):
+        for model, decoder in zip(models, decoders, strict=True):
+            found = decoder.generate([[3, 4]], max_new_tokens=6, sampling=Sampling(greedy=True))
+            plain = generate_tokens(
+                model, [[3, 4]], max_new_tokens=6, sampling=Sampling(greedy=True)
+            )
+            assert torch.equal(found.ids, plain.ids)
+
+
 def test_a_model_that_is_no_single_program_is_not_compiled() -> None:
     decoder = Decoder(tiny_model("bloom"), compiled=True)
     with pytest.raises(ConfigError, match="compiled=True: BloomForCausalLM has to be on the CPU"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor
@@ -39,10 +40,18 @@ class GraphSteps(Steps):
         self._position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         # Ones beyond the tokens so far are hidden by causality.
         self._mask = torch.ones(batch, max_length, dtype=torch.long, device=device)
-        self._replay = compile_frozen(self._step) if compiled else capture(self._step)
+        self._replay = compile_frozen(self) if compiled else capture(self._step)
+        self._is_compiled = not compiled
 
     def prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
         """See ``Steps``."""
+        if not self._is_compiled:  # the first call may run the step twice
+            self._prefill(ids[:, :1], None)
+            self._replay()
+            self._is_compiled = True
+        return self._prefill(ids, num_pads)
+
+    def _prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
         length = ids.shape[1]
         pads = ids.new_zeros(len(ids)) if num_pads is None else num_pads
         columns = torch.arange(self.max_length, device=ids.device)
@@ -84,16 +93,25 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def compile_frozen(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``step`` as one program, which its first call compiles; weights are constants of it, in the
-    order that is read fastest."""
+def compile_frozen(steps: GraphSteps) -> Callable[[], Tensor]:
+    """The step as one program, which its first call compiles; weights are constants of it, in the
+    order that is read fastest. Nothing is checked later: whoever changes what it reads makes a new
+    one."""
     from torch._inductor import config
 
-    program = torch.compile(step, dynamic=False, fullgraph=True)
+    # Programs are kept by code object: with its own, no other object's program is found.
+    step = GraphSteps._step
+    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    program = torch.compile(
+        MethodType(own, steps),
+        dynamic=False,
+        fullgraph=True,
+        options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+    )
 
     def run() -> Tensor:
-        # As an option of torch.compile it has no effect, and a later call may compile again.
-        with config.patch(freezing=True):
+        # As options of torch.compile they have no effect, and a later call may compile again.
+        with config.patch(freezing=True, cpp_wrapper=True):
             return program()
 
     return run
