@@ -104,23 +104,29 @@ class Plan:
             rates = extended(
                 section["rates"], 2**0.5, lambda r, found=losses: found.get(f"{r:.4g}")
             )
-            for rate in rates:
-                overrides = {
-                    "hidden_size": width,
-                    "intermediate_size": 4 * width,
-                    "head_dim": width // 4,
-                    "initializer_range": width**-0.5,
-                }
-                structure = {"structure": "low_rank", "rank": width // 4, **section["structure"]}
-                optimizer = section["optimizer"] | {"learning_rate": rate}
-                batch = {"num_tokens": section["num_tokens"]}
-                yield Run(
-                    f"transfer-{width}-{rate:.4g}",
-                    section["recipe"],
-                    {"model": {"overrides": overrides}, "structure": structure}
-                    | {"optimizer": optimizer}
-                    | {"batch": batch, "eval": _sweep_eval()},
-                )
+            for seed in range(section.get("seeds", {}).get(width, 1)):
+                for rate in rates:
+                    yield self._transfer_run(width, rate, seed)
+
+    def _transfer_run(self, width: int, rate: float, seed: int) -> Run:
+        section = self.values["transfer"]
+        overrides = {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "head_dim": width // 4,
+            "initializer_range": width**-0.5,
+        }
+        structure = {"structure": "low_rank", "rank": width // 4, **section["structure"]}
+        sections = {
+            "seed": seed,
+            "model": {"overrides": overrides},
+            "structure": structure,
+            "optimizer": section["optimizer"] | {"learning_rate": rate},
+            "batch": {"num_tokens": section["num_tokens"]},
+            "eval": _sweep_eval(),
+        }
+        ending = f"-s{seed}" if seed else ""
+        return Run(f"transfer-{width}-{rate:.4g}{ending}", section["recipe"], sections)
 
     @property
     def _share(self) -> float:

@@ -175,13 +175,16 @@ def sweep_table(results: Mapping[str, Result]) -> tuple[str, dict[str, dict[floa
 
 
 def transfer_curves(results: Mapping[str, Result]) -> dict[int, dict[float, float]]:
-    """Width -> learning rate -> loss."""
-    curves: dict[int, dict[float, float]] = defaultdict(dict)
+    """Width -> learning rate -> loss, the mean over seeds."""
+    found: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, result in results.items():
         if name.startswith("transfer-"):
-            _, width, _ = name.split("-", 2)
-            curves[int(width)][result.run.config["optimizer"]["learning_rate"]] = result.loss
-    return dict(sorted(curves.items()))
+            rate = result.run.config["optimizer"]["learning_rate"]
+            found[int(name.split("-")[1])][rate].append(result.loss)
+    return {
+        width: {rate: statistics.mean(losses) for rate, losses in points.items()}
+        for width, points in sorted(found.items())
+    }
 
 
 def draw_curves(curves: Mapping[object, Mapping[float, float]], title: str, path: Path) -> None:
