@@ -1,13 +1,31 @@
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from factorlm import BlockShuffleConfig, LowRankConfig, factorize_
+from factorlm import (
+    BlockDenseConfig,
+    BlockShuffleConfig,
+    LowRankConfig,
+    MergePolicy,
+    factorize_,
+    premerge_,
+)
 from factorlm.errors import ConfigError
-from factorlm.inference import Decoder, Sampling, TokenGeneration, generate_tokens
+from factorlm.inference import (
+    Decoder,
+    Sampling,
+    TokenGeneration,
+    generate_tokens,
+    premerged_layers,
+)
 from factorlm.testing.models import TINY_CONFIGS, tiny_model
 
 GREEDY = Sampling(greedy=True)
@@ -44,10 +62,15 @@ def by_hugging_face(model: PreTrainedModel, prompts: list[list[int]], count: int
 
 ONLY_EXPERTS = {"mixtral"}
 """Its FFN has no linears that could be factorized."""
+STRUCTURES = {
+    "low_rank": LowRankConfig(rank=6),
+    "block_shuffle": BlockShuffleConfig(num_blocks=2),
+    "block_dense": BlockDenseConfig(num_blocks=2, rank=6),
+}
 CASES = [(family, "dense") for family in sorted(TINY_CONFIGS)] + [
     (family, structure)
     for family in sorted(set(TINY_CONFIGS) - ONLY_EXPERTS)
-    for structure in ("low_rank", "block_shuffle")
+    for structure in STRUCTURES
 ]
 
 
@@ -55,10 +78,8 @@ CASES = [(family, "dense") for family in sorted(TINY_CONFIGS)] + [
 def test_greedy_tokens_are_those_of_hugging_face(family: str, structure: str) -> None:
     """One row, and rows of different lengths; each row of a batch is as it is alone."""
     model = varied_model(family)
-    if structure == "low_rank":
-        factorize_(model, LowRankConfig(rank=6))
-    elif structure == "block_shuffle":
-        factorize_(model, BlockShuffleConfig(num_blocks=2))
+    if structure != "dense":
+        factorize_(model, STRUCTURES[structure])
     decoder = Decoder(model)
     rows = []
     for prompt in PROMPTS:
@@ -97,6 +118,41 @@ def test_memory_is_kept_between_calls(model: PreTrainedModel) -> None:
         where.add(steps._cache.layers[0].keys.data_ptr())  # type: ignore[attr-defined]
         assert steps._cache.layers[0].keys.shape == (3, 2, 40, 8)  # type: ignore[attr-defined]
     assert len(where) == 1
+
+
+@pytest.fixture
+def _threads_take_turns_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_threads_take_turns_often")
+def test_threads_with_a_decoder_each_get_the_tokens_of_one_after_the_other() -> None:
+    """With one model, whose merged and packed copies the threads make as they go."""
+    model = varied_model("llama")
+    factorize_(model, LowRankConfig(rank=6))
+    premerge_(model, MergePolicy(token_counts=(1, 2), merged=(True, False)))
+    prompts = [[5 + 10 * row, 7, 90 - row] for row in range(4)]
+    expected = [
+        generate_tokens(model, [prompt], max_new_tokens=COUNT, sampling=GREEDY).ids.tolist()
+        for prompt in prompts
+    ]
+    assert len({str(tokens) for tokens in expected}) == 4
+    start = threading.Barrier(4)
+
+    def generate(prompt: list[int]) -> list[list[int]]:
+        start.wait()
+        decoder = Decoder(model)
+        return decoder.generate([prompt], max_new_tokens=COUNT, sampling=GREEDY).ids.tolist()
+
+    for _ in range(5):
+        for layer in premerged_layers(model).values():
+            layer.invalidate()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(generate, prompts)) == expected
+        assert all(layer.has_copy for layer in premerged_layers(model).values())
 
 
 def test_rows_end_at_their_own_end_token_and_leave_pads(model: PreTrainedModel) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from factorlm.errors import StorageError
-from factorlm.inference import LatencyTable, LayerCase, TokenLatency
+from factorlm.inference import LatencyTable, LayerCase, TokenLatency, latency
 from factorlm.inference.latency import cached_table, save_table, table_path
 from factorlm.layers import BlockShuffleConfig, DenseConfig, LowRankConfig
 from factorlm.storage import write_sealed_json
@@ -119,6 +121,24 @@ def test_other_threads_and_versions_have_other_tables(
     save_table(case_of(), TABLE)
     monkeypatch.setattr(target, value)
     assert cached_table(case_of()) is None
+
+
+def test_another_triton_has_other_tables_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = case_of(device_type="cuda")
+    for case in (case_of(), cuda):
+        monkeypatch.setattr(latency, "_triton_version", lambda: "3.7.1")
+        save_table(case, TABLE)
+        assert case.key().get("triton") == ("3.7.1" if case is cuda else None)
+        monkeypatch.setattr(latency, "_triton_version", lambda: "3.8.0")
+        assert cached_table(case) == (None if case is cuda else TABLE)
+
+
+def test_the_version_of_triton_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
+    monkeypatch.setattr(latency, "has_triton", lambda: True)
+    assert latency._triton_version() == "3.7.1"
+    monkeypatch.setattr(latency, "has_triton", lambda: False)
+    assert latency._triton_version() is None
 
 
 def damage_text(path: Path) -> None:

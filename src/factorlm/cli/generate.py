@@ -77,12 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep no copies of weights: neither merged ones of structured layers where they are "
         "faster (by what factorlm tune measured here, else by a formula), nor, on a CPU, packed "
-        "ones (as far as half of the free memory goes)",
+        "ones; together they take at most half of the free memory",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="on a CPU, compile the step of a token first: seconds that long texts win back",
+        help="on a CPU, compile the step of a token first: seconds that long texts win back; the "
+        "program holds one more copy of all weights",
     )
 
 
@@ -128,15 +129,20 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _keep_copies(model: PreTrainedModel, *, compiled: bool) -> None:
-    """Merged ones; and packed ones, which a compiled step has of its own."""
-    from factorlm.inference import pack_, premerge_
+    """Merged ones first, then packed ones (a compiled step has its own), in half of the memory
+    that is free."""
+    from factorlm.inference import pack_, premerge_, unpremerge_
     from factorlm.measure import free_memory_bytes
 
+    budget = free_memory_bytes(model.device) // 2
     merged = premerge_(model).copy_bytes
+    if merged > budget:  # none is made yet: the first calls make them
+        unpremerge_(model)
+        merged = premerge_(model, memory_budget_bytes=budget).copy_bytes
     if merged:
         print(f"pre-merged: {merged / 2**20:,.1f} MiB of copies", file=sys.stderr)
     if not compiled:
-        packed = pack_(model, memory_budget_bytes=max(0, free_memory_bytes() // 2 - merged))
+        packed = pack_(model, memory_budget_bytes=budget - merged)
         if packed:
             print(f"packed: {packed / 2**20:,.1f} MiB of copies", file=sys.stderr)
 

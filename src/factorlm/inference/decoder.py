@@ -57,6 +57,8 @@ class Decoder:
     weights where they are: after a change that replaces them (``to``, merging), make a new
     ``Decoder``. ``cuda_graph=False`` is for a model whose own code cannot be captured.
 
+    One object serves one thread at a time; threads that share a model take a ``Decoder`` each.
+
     ``compiled=True``, on a CPU, compiles the step of a token at the first one, which takes seconds
     and a C++ compiler, for each batch size; it then runs without Python's part. The program holds
     a packed copy of all weights: after any change of one, make a new ``Decoder``.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import math
@@ -22,6 +23,7 @@ import torch
 from factorlm.errors import DataError, FactorlmError
 from factorlm.layers import MergePolicy, StructureConfig, StructuredLinear
 from factorlm.measure import cpu_name
+from factorlm.ops.low_rank import has_triton
 from factorlm.storage import (
     cache_folder,
     read_sealed_json,
@@ -77,6 +79,8 @@ class LayerCase:
         target = self.config.to_target()
         del target["init"]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.device_type == "cuda":
+            values["triton"] = _triton_version()
         return values | {
             "config": target,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -88,6 +92,11 @@ class LayerCase:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.config.kind} {self.in_features}x{self.out_features} {dtype}"
+
+
+def _triton_version() -> str | None:
+    """Of the compiler of our kernels; None where there is none."""
+    return importlib.import_module("triton").__version__ if has_triton() else None
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:
     Returns:
         The bytes that the copies take once all are there, but for what oneDNN adds to fill its
         blocks of rows and columns. Layers that ``premerge_`` gave a merged copy pack by themselves
-        and do not count: call it first.
+        and count in its report: call it first.
 
     Raises ``ConfigError`` for a model that has guides, or is itself a structured layer.
     """
@@ -50,7 +50,7 @@ def pack_(model: nn.Module, *, memory_budget_bytes: int | None = None) -> int:
     check(not guided, f"{type(model).__name__} has guides attached: detach_guides_ first")
     used = 0
     for module in _plain_layers(model):
-        need = _packed_bytes(module)
+        need = _worthwhile_bytes(module)
         if need == 0 or (budget is not None and used + need > budget):
             continue
         used += need
@@ -81,10 +81,13 @@ def _plain_layers(model: nn.Module) -> list[nn.Linear | StructuredLinear]:
     ]
 
 
-def _packed_bytes(layer: nn.Linear | StructuredLinear) -> int:
-    """What the copy of ``layer`` takes; 0: it can have none."""
+def packed_bytes(layer: nn.Linear | StructuredLinear) -> int:
+    """What packed copies of the matrices of ``layer`` take; 0: it can have none."""
     matrices = layer.matrices() if isinstance(layer, StructuredLinear) else (layer.weight,)
-    if not matrices or not all(map(can_pack, matrices)):
-        return 0
-    num_bytes = sum(matrix.nbytes for matrix in matrices)
-    return num_bytes if num_bytes >= MIN_BYTES[matrices[0].dtype] else 0
+    return sum(matrix.nbytes for matrix in matrices) if all(map(can_pack, matrices)) else 0
+
+
+def _worthwhile_bytes(layer: nn.Linear | StructuredLinear) -> int:
+    """``packed_bytes``; 0 for a layer that is too small to gain."""
+    num_bytes = packed_bytes(layer)
+    return num_bytes if num_bytes >= MIN_BYTES.get(next(layer.parameters()).dtype, 0) else 0

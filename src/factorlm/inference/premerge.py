@@ -10,6 +10,7 @@ from torch import nn
 
 from factorlm.config import check
 from factorlm.inference.latency import LatencyTable, LayerCase, cached_table
+from factorlm.inference.packing import packed_bytes
 from factorlm.inference.roofline import estimated_table
 from factorlm.layers import MergePolicy, PreMergedLinear, SelfGuidedLinear, StructuredLinear
 from factorlm.surgery import replace_everywhere
@@ -31,6 +32,9 @@ class PremergeRow:
     """By the table; see ``LatencyTable.saved_ms_per_token``."""
     merged: bool
     """Whether the layer keeps a merged copy."""
+    copy_bytes: int
+    """What all copies of the layer take once they are there: the merged one and, where the policy
+    leaves token counts to factors that can be packed, those. 0 without a merged copy."""
 
     @property
     def reason(self) -> str:
@@ -48,8 +52,8 @@ class PremergeReport:
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of the merged copies once all are there."""
-        return sum(row.case.copy_bytes for row in self.rows if row.merged)
+        """Memory of the copies once all are there, merged ones and packed factors."""
+        return sum(row.copy_bytes for row in self.rows)
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
@@ -58,7 +62,7 @@ class PremergeReport:
         ]
         num_merged = sum(row.merged for row in self.rows)
         end = f"{num_merged} of {len(self.rows)} layers keep a merged copy"
-        return "\n".join([*lines, f"{end}, {self.copy_bytes:,} bytes"])
+        return "\n".join([*lines, f"{end}; all copies: {self.copy_bytes:,} bytes"])
 
 
 def premerge_(
@@ -80,34 +84,25 @@ def premerge_(
             merged copies are faster to the end.
         memory_budget_bytes: what the copies may take together; None is no limit. The layers that
             save most time per byte come first. Factors that a CPU packs for the token counts that
-            take no merged copy (``factorlm.ops.packed``) are not counted.
+            take no merged copy (``factorlm.ops.packed``) count too. What oneDNN adds to fill its
+            blocks of rows and columns does not.
 
     A model without structured layers is left as it is. Raises ``ConfigError`` for a model on the
     meta device, or one that has guides or merged copies already.
     """
     budget = memory_budget_bytes
     check(budget is None or budget >= 0, f"memory_budget_bytes={budget} must be at least 0")
-    cases = _cases(model)
-    decisions = {case: _decide(case, policy) for case in set(cases.values())}
+    layers = _layers(model)
+    cases = {name: LayerCase.of(layer) for name, layer in layers.items()}
+    examples = {cases[name]: layer for name, layer in layers.items()}
+    decisions = {case: _decide(case, layer, policy) for case, layer in examples.items()}
     chosen = _within(budget, cases, decisions)
-    rows = []
-    for name, case in cases.items():
-        decision = decisions[case]
-        if name in chosen:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, StructuredLinear)
-            replace_everywhere(model, layer, PreMergedLinear(layer, decision.policy))
-        rows.append(
-            PremergeRow(
-                name=name,
-                case=case,
-                policy=decision.policy,
-                source=decision.source,
-                saved_ms_per_token=decision.saved_ms_per_token,
-                merged=name in chosen,
-            )
-        )
-    return PremergeReport(tuple(rows))
+    for name in chosen:
+        layer = layers[name]
+        replace_everywhere(model, layer, PreMergedLinear(layer, decisions[cases[name]].policy))
+    return PremergeReport(
+        tuple(_row(name, case, decisions[case], name in chosen) for name, case in cases.items())
+    )
 
 
 def unpremerge_(model: nn.Module) -> list[str]:
@@ -132,29 +127,32 @@ class _Decision:
     policy: MergePolicy
     source: Source
     saved_ms_per_token: float
+    copy_bytes: int
 
 
-def _cases(model: nn.Module) -> dict[str, LayerCase]:
+def _layers(model: nn.Module) -> dict[str, StructuredLinear]:
     """The layers to decide on, by name. A ``dense`` one is its own merged copy."""
     kind = type(model).__name__
     check(not premerged_layers(model), f"{kind} has merged copies already: unpremerge_ first")
     guided = any(isinstance(module, SelfGuidedLinear) for module in model.modules())
     check(not guided, f"{kind} has guides attached: detach_guides_ first")
-    cases = {
-        name: LayerCase.of(module)
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear)
     }
-    check("" not in cases, "the model itself is the layer: use PreMergedLinear")
-    meta = any(case.device_type == "meta" for case in cases.values())
+    check("" not in layers, "the model itself is the layer: use PreMergedLinear")
+    meta = any(tensor.is_meta for layer in layers.values() for tensor in layer.parameters())
     check(not meta, f"{kind} is on the meta device: load it first")
-    return {name: case for name, case in cases.items() if case.has_factors}
+    return {name: layer for name, layer in layers.items() if LayerCase.of(layer).has_factors}
 
 
 def _decide(
-    case: LayerCase, given: MergePolicy | Mapping[LayerCase, LatencyTable] | None
+    case: LayerCase,
+    layer: StructuredLinear,
+    given: MergePolicy | Mapping[LayerCase, LatencyTable] | None,
 ) -> _Decision:
-    """The policy of ``case``, and what it saves by the table."""
+    """The policy of ``case``, what it saves by the table and takes in copies; ``layer`` is one."""
     measured = given.get(case) if isinstance(given, Mapping) else cached_table(case)
     estimated = estimated_table(case)
     table = estimated if measured is None else measured.extended_by(estimated)
@@ -162,21 +160,37 @@ def _decide(
     policy = table.policy
     if isinstance(given, MergePolicy):
         policy, source = given, "given"
-    return _Decision(policy, source, table.saved_ms_per_token(policy))
+    factors = 0 if all(policy.merged) else packed_bytes(layer)
+    saved = table.saved_ms_per_token(policy)
+    return _Decision(policy, source, saved, case.copy_bytes + factors)
+
+
+def _row(name: str, case: LayerCase, decision: _Decision, merged: bool) -> PremergeRow:
+    return PremergeRow(
+        name=name,
+        case=case,
+        policy=decision.policy,
+        source=decision.source,
+        saved_ms_per_token=decision.saved_ms_per_token,
+        merged=merged,
+        copy_bytes=decision.copy_bytes if merged else 0,
+    )
 
 
 def _within(
     budget: int | None, cases: Mapping[str, LayerCase], decisions: Mapping[LayerCase, _Decision]
 ) -> set[str]:
-    """The names of the layers that get a copy: most time saved per byte first, then in order."""
+    """The names of the layers that get copies: most time saved per byte first, then in order."""
     wanting = [name for name, case in cases.items() if decisions[case].policy.ever_merges]
     wanting.sort(
-        key=lambda name: -decisions[cases[name]].saved_ms_per_token / cases[name].copy_bytes
+        key=lambda name: (
+            -decisions[cases[name]].saved_ms_per_token / decisions[cases[name]].copy_bytes
+        )
     )
     chosen: set[str] = set()
     used = 0
     for name in wanting:
-        need = cases[name].copy_bytes
+        need = decisions[cases[name]].copy_bytes
         if budget is None or used + need <= budget:
             chosen.add(name)
             used += need
