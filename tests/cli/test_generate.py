@@ -117,7 +117,7 @@ def test_sampling_flags_reach_the_sampling(tiny_run, capsys: pytest.CaptureFixtu
 def test_merged_copies_change_no_text(
     tiny_run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def always(model: nn.Module) -> PremergeReport:
+    def always(model: nn.Module, **_: object) -> PremergeReport:
         return premerge_(model, MergePolicy.always())
 
     monkeypatch.setattr("factorlm.inference.premerge_", always)

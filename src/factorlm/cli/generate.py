@@ -131,14 +131,11 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 def _keep_copies(model: PreTrainedModel, *, compiled: bool) -> None:
     """Merged ones first, then packed ones (a compiled step has its own), in half of the memory
     that is free."""
-    from factorlm.inference import pack_, premerge_, unpremerge_
+    from factorlm.inference import pack_, premerge_
     from factorlm.measure import free_memory_bytes
 
     budget = free_memory_bytes(model.device) // 2
-    merged = premerge_(model).copy_bytes
-    if merged > budget:  # none is made yet: the first calls make them
-        unpremerge_(model)
-        merged = premerge_(model, memory_budget_bytes=budget).copy_bytes
+    merged = premerge_(model, memory_budget_bytes=budget).copy_bytes
     if merged:
         print(f"pre-merged: {merged / 2**20:,.1f} MiB of copies", file=sys.stderr)
     if not compiled:
