@@ -28,8 +28,10 @@ format: .venv/.dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.plots  ## linears and FFNs on this machine, each beside its bar (15 minutes)
+bench: .venv/.plots  ## linears and FFNs on this machine, each beside its bar (20 minutes)
 	$(BIN)/factorlm bench kernel
+	$(BIN)/factorlm bench kernel --shapes 768x3072 --tokens 16384 --structures low_rank \
+	  --passes forward+backward --rounds 5
 	$(BIN)/factorlm bench ffn --passes forward+backward
 
 clean:  ## remove the environment and caches, not runs or data

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.bench.test_linear import timings
+from torch import Tensor
+from torch.nn.functional import linear
 
 from factorlm.bench import BenchOptions
-from factorlm.bench.model import ModelShape, benchmark_model, model_bars
-from factorlm.errors import ConfigError
-from factorlm.layers import StructuredLinear
+from factorlm.bench.model import ModelShape, benchmark_model, check_model, model_bars
+from factorlm.errors import ConfigError, NumericError
+from factorlm.layers import BlockShuffleConfig, StructuredLinear
 
 OPTIONS = BenchOptions(num_tokens=(64,), dtypes=("fp32",), rounds=2, structures=("low_rank",))
 SHAPE = ModelShape(width=64, num_layers=2, vocab_size=128, context_length=32)
@@ -31,6 +34,65 @@ def test_a_step_is_timed_beside_its_flops() -> None:
     assert 1 < record.cases["low_rank"]["ideal_speedup"] < 2  # type: ignore[operator]
     assert record.settings["num_tokens"] == 64
     assert record.bars == []
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "block_shuffle", "block_dense"])
+def test_a_right_model_passes_and_keeps_no_gradient(structure: str) -> None:
+    model = SHAPE.build(structure, OPTIONS)
+    check_model(structure, model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_wrong_output_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(linear(x, V), U, bias) * 1.01
+
+    monkeypatch.setattr("factorlm.layers.low_rank.low_rank", wrong)
+    with pytest.raises(NumericError, match=r"low_rank: .* is off by .*: nothing was timed"):
+        list(benchmark_model(OPTIONS, SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("halved", "named"),
+    [("x", "gradient of the embedding"), ("V", r"gradient of model\.layers\.1\.mlp\.c_fc\.V")],
+)
+def test_a_wrong_gradient_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, halved: str, named: str
+) -> None:
+    """Of the input, which changes what comes before; of a factor, which nothing else shows."""
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return grad / 2
+
+    def wrong(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> Tensor:
+        given = {"x": x, "V": V}
+        given[halved] = Halved.apply(given[halved])
+        return linear(linear(given["x"], given["V"]), U, bias)
+
+    monkeypatch.setattr("factorlm.layers.low_rank.low_rank", wrong)
+    with pytest.raises(NumericError, match=f"low_rank: {named} is off"):
+        list(benchmark_model(OPTIONS, SHAPE))
+
+
+def test_block_shuffle_leaves_its_last_shuffle_out_and_the_record_says_so() -> None:
+    options = OPTIONS.replace(structures=("block_shuffle",))
+    (record,) = benchmark_model(options, SHAPE)
+    assert record.settings["structures"]["block_shuffle"]["output_shuffle"] is False
+    layers = [
+        module.config
+        for module in SHAPE.build("block_shuffle", options).modules()
+        if isinstance(module, StructuredLinear)
+    ]
+    assert len(layers) == 2
+    for config in (*layers, options.configs(64, 256)["block_shuffle"]):
+        assert isinstance(config, BlockShuffleConfig)
+        assert not config.output_shuffle
 
 
 def test_bar_of_a_model() -> None:

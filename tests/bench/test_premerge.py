@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from tests.bench.test_linear import timings
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from factorlm.bench import BenchOptions
+from factorlm.bench import BenchOptions, premerge
 from factorlm.bench.premerge import (
+    FUSED,
     benchmark_premerge,
     build_layers,
     measure_premerge,
     premerge_bars,
+    timed_forward,
 )
-from factorlm.layers import LowRankConfig, MergePolicy, PreMergedLinear
+from factorlm.errors import NumericError
+from factorlm.layers import BlockDenseConfig, LowRankConfig, MergePolicy, PreMergedLinear
 
 OPTIONS = BenchOptions(
     shapes=((16, 64),), num_tokens=(1, 4), dtypes=("fp32",), rounds=2, structures=("low_rank",)
@@ -53,13 +57,98 @@ def test_layers_are_in_use_not_in_training() -> None:
         torch.testing.assert_close(merged(x), merged.structured(x))
 
 
+def merged_or_not(policy: MergePolicy) -> dict[str, nn.Module]:
+    layer = PreMergedLinear(LowRankConfig(rank=4).build(16, 64, bias=False), policy).eval()
+    return {"dense": nn.Linear(16, 64, bias=False), "low_rank": layer}
+
+
+@pytest.mark.parametrize("policy", [MergePolicy.always(), MergePolicy.never()], ids=str)
+def test_a_wrong_packed_product_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, policy: MergePolicy
+) -> None:
+    """The bare layer is right: it is the form in use that is compared, merged or packed."""
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight.to_dense() if weight.is_mkldnn else weight, bias) * 1.01
+
+    measure_premerge(OPTIONS, merged_or_not(policy), (16, 64), 4, "fp32")
+    monkeypatch.setattr("factorlm.layers.premerged.linear_packed", wrong)
+    with pytest.raises(NumericError, match=r"low_rank with 4 tokens: output .* off by 0\.0"):
+        measure_premerge(OPTIONS, merged_or_not(policy), (16, 64), 4, "fp32")
+
+
+def test_every_number_of_tokens_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong for the fourth token alone, which one token does not show."""
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = linear(x, weight.to_dense() if weight.is_mkldnn else weight, bias)
+        return y if len(x) < 4 else torch.cat([y[:3], 2 * y[3:]])
+
+    layers = merged_or_not(MergePolicy.always())
+    monkeypatch.setattr("factorlm.layers.premerged.linear_packed", wrong)
+    measure_premerge(OPTIONS, layers, (16, 64), 1, "fp32")
+    with pytest.raises(NumericError, match="low_rank with 4 tokens"):
+        measure_premerge(OPTIONS, layers, (16, 64), 4, "fp32")
+
+
+class OnGPU(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("policy", [MergePolicy.always(), MergePolicy.never()], ids=str)
+def test_on_a_gpu_the_form_of_the_table_is_captured(
+    monkeypatch: pytest.MonkeyPatch, policy: MergePolicy
+) -> None:
+    captured = []
+    monkeypatch.setattr(premerge, "capture", lambda run: captured.append(run) or run)
+    layer = PreMergedLinear(BlockDenseConfig(num_blocks=2, rank=4).build(16, 64), policy).eval()
+    used = []
+    layer.structured.register_forward_hook(lambda *args: used.append(args))
+    x = torch.randn(4, 16)
+    run = timed_forward(layer, x.as_subclass(OnGPU))
+    assert captured == [run]
+    torch.testing.assert_close(run().as_subclass(Tensor), layer.structured(x).detach())
+    assert len(used) == (1 if policy.ever_merges else 3)
+    timed_forward(layer, x)
+    assert captured == [run]
+
+
+def test_on_a_gpu_few_tokens_have_the_fused_kernel_as_a_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("factorlm.ops.low_rank.has_triton", lambda: True)
+    layers = merged_or_not(MergePolicy.always())
+    few, many = (torch.zeros(count, 16).as_subclass(OnGPU) for count in (64, 65))
+    assert list(premerge._fused(layers, few)) == [FUSED]
+    assert premerge._fused(layers, many) == {}
+    assert premerge._fused(layers, torch.zeros(64, 16)) == {}
+
+
 def test_bars_allow_three_percent_and_five_microseconds() -> None:
     times = timings({"dense": 1.0, "low_rank": 1.02, "block_dense": 0.5})
-    bars = premerge_bars((512, 2048), 1, "fp32", times)
+    bars = premerge_bars((512, 2048), 1, "fp32", 0.3, times)
     assert [(bar.value, bar.limit, bar.at_most) for bar in bars] == [
         (pytest.approx(1.015), 1.03, True),
         (pytest.approx(0.495), 1.03, True),
     ]
-    assert premerge_bars((256, 1024), 1, "fp32", times) == []
-    wide = premerge_bars((2048, 8192), 1, "bf16", times)[-1]
+    assert premerge_bars((256, 1024), 1, "fp32", 0.3, times) == []
+    wide = premerge_bars((2048, 8192), 1, "bf16", 0.3, times)[-1]
     assert (wide.value, wide.limit, wide.at_most) == (pytest.approx(1 / 1.02), 2.5, False)
+    for num_tokens, dtype, share in ((2, "bf16", 0.3), (1, "fp32", 0.3), (1, "bf16", 0.5)):
+        bars = premerge_bars((2048, 8192), num_tokens, dtype, share, times)
+        assert [bar.limit for bar in bars] == [1.03, 1.03]
+
+
+@pytest.mark.parametrize("width", [2048, 5120])
+def test_bar_of_the_fused_kernel(width: int) -> None:
+    """It is held against dense by its own factor, not as what the table chose."""
+    shape, times = (width, 4 * width), timings({"dense": 3.0, "low_rank": 2.9, FUSED: 2.5})
+    chosen, fused = premerge_bars(shape, 64, "bf16", 0.3, times)
+    assert chosen.name == "low_rank less 5 µs / dense"
+    assert (fused.name, fused.limit, fused.at_most) == (f"dense / {FUSED}", 1.5, False)
+    assert fused.value == pytest.approx(1.2)
+    assert len(premerge_bars(shape, 64, "bf16", 0.5, times)) == 1
+    assert len(premerge_bars((1024, 4096), 64, "bf16", 0.3, times)) == 1

@@ -36,13 +36,41 @@ def test_rate_is_the_best_of_growing_products(monkeypatch: pytest.MonkeyPatch) -
     peak._measure.cache_clear()
 
 
+def test_packed_products_are_timed_apart_from_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+        seen.append(right.is_mkldnn)
+        return 1.0 if right.is_mkldnn else 2.0
+
+    peak._measure.cache_clear()
+    monkeypatch.setattr(peak, "_seconds", seconds)
+    monkeypatch.setattr(peak, "BUDGET_SECONDS", 0.0)
+    packed = peak.packed_flops_per_second(torch.float32)
+    assert packed == 2 * 256**3
+    assert all(seen)
+    assert matmul_flops_per_second(torch.float32) == packed / 2
+    peak._measure.cache_clear()
+
+
+def test_a_packed_product_is_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = torch.randn(2, 8, 8)
+    found = peak._product(left, peak._pack(right))
+    torch.testing.assert_close(found, left @ right.t())
+
+
+def test_what_cannot_be_packed_has_no_rate() -> None:
+    assert peak.packed_flops_per_second(torch.float64) is None
+
+
 def test_limits_are_both_sides_of_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak, "matmul_flops_per_second", lambda dtype, device: 3e9)
+    monkeypatch.setattr(peak, "packed_flops_per_second", lambda dtype: 7e9)
     monkeypatch.setattr(peak, "has_fast_bf16", lambda kind: False)
     monkeypatch.setattr(peak, "STREAMED_BYTES", 4096)
     peak.memory_bytes_per_second.cache_clear()
     found = peak.machine_limits("cpu")
     peak.memory_bytes_per_second.cache_clear()
-    assert list(found) == ["fp32_gflops", "memory_gb_per_second"]
-    assert found["fp32_gflops"] == 3
+    assert list(found) == ["fp32_gflops", "fp32_packed_gflops", "memory_gb_per_second"]
+    assert (found["fp32_gflops"], found["fp32_packed_gflops"]) == (3, 7)
     assert 0 < found["memory_gb_per_second"] < 1e5

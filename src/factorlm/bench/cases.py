@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from factorlm.errors import NumericError
 from factorlm.measure import (
     Measurement,
     environment,
@@ -66,6 +67,12 @@ def no_bars(timings: Timings) -> Sequence[Bar]:
     return ()
 
 
+def require_close(what: str, error: float, tolerance: float) -> None:
+    """Raise ``NumericError`` naming ``what`` unless ``error``, no NaN, is within ``tolerance``."""
+    if not error <= tolerance:
+        raise NumericError(f"{what} is off by {error:.2g}, over {tolerance:g}: nothing was timed")
+
+
 def measure_cases(
     benchmark: str,
     settings: Mapping[str, Any],
@@ -84,6 +91,20 @@ def measure_cases(
         min_round_ms=min_round_ms,
         synchronize=synchronizer(device),
     )
+    return record_of(benchmark, settings, cases, found, device=device, baseline=baseline, bars=bars)
+
+
+def record_of(
+    benchmark: str,
+    settings: Mapping[str, Any],
+    cases: Mapping[str, BenchmarkCase],
+    found: Mapping[str, Measurement],
+    *,
+    device: torch.device,
+    baseline: str = "dense",
+    bars: Callable[[Timings], Sequence[Bar]] = no_bars,
+) -> BenchmarkRecord:
+    """The record of ``found``, measurements of ``cases`` that took turns."""
     timings = Timings(found)
     baseline_tokens = cases[baseline].num_tokens or 1
     return BenchmarkRecord(
@@ -91,16 +112,16 @@ def measure_cases(
         settings=dict(settings),
         environment=environment(device) | {"limits": machine_limits(device)},
         baseline=baseline,
-        rounds=rounds,
+        rounds=len(found[baseline].latencies_ms),
         cases={
             name: CaseTimes(
-                median_ms=times.median_ms,
-                spread_ms=times.spread_ms,
+                median_ms=found[name].median_ms,
+                spread_ms=found[name].spread_ms,
                 speedup=timings.ratio(baseline, name) * (case.num_tokens or 1) / baseline_tokens,
                 ideal_speedup=case.ideal_speedup,
                 num_tokens=case.num_tokens,
             )
-            for (name, case), times in zip(cases.items(), found.values(), strict=True)
+            for name, case in cases.items()
         },
         bars=[bar.to_result() for bar in bars(timings)],
     )

@@ -1,22 +1,33 @@
-"""A whole FFN, up, GELU and down with biases: dense and each structure."""
+"""A whole FFN, dense and of each structure, beside the matmuls, the activation and the sums for
+biases that it cannot do without: what is left of its time is neither."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
+from factorlm.bench.bare import bare, bare_matmuls, factors_of
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
-from factorlm.bench.kernel import CHECKED_TOKENS, WIDE, step
-from factorlm.bench.options import BenchOptions, LinearSetting
-from factorlm.bench.truth import check_linear
+from factorlm.bench.kernel import WIDE, step
+from factorlm.bench.options import BenchOptions, LinearSetting, Pass
+from factorlm.bench.truth import check_layer
 from factorlm.layers import StructureConfig, StructuredLinear
 from factorlm.records import BenchmarkRecord
 
 ACTIVATION = "GELU alone"
+GATE = "SwiGLU alone"
+BIASES = "bias gradients alone"
+SPLIT = ("dense", "low_rank")
+"""The FFNs whose matmuls are timed alone, and that are compiled too if that is asked for."""
+GPU_BARS = {"low_rank": 2.9, "block_shuffle": 2.6}
+GPU_WIDTH, GPU_TOKENS = 5120, 30000
+"""From there on a forward pass in bf16 on a GPU of the H200's class is promised to be so many times
+as fast as dense."""
 
 
 class FFN(nn.Module):
@@ -32,66 +43,143 @@ class FFN(nn.Module):
         return y
 
 
-class _Activation(nn.Module):
+class GatedFFN(nn.Module):
+    """Llama's FFN: ``down`` (O -> I) of SwiGLU, silu(``gate`` x) times ``up`` x (I -> O)."""
+
+    def __init__(self, up: nn.Module, gate: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = up, gate, down
+
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(x)
+        """(*, I) -> (*, I)."""
+        y: Tensor = self.down(swiglu(self.up(x), self.gate(x)))
+        return y
+
+
+def swiglu(up: Tensor, gate: Tensor) -> Tensor:
+    """silu(gate) times up, (*, O) each."""
+    return silu(gate) * up
 
 
 def benchmark_ffn(options: BenchOptions) -> Iterator[BenchmarkRecord]:
     """A record for each shape, number of tokens, dtype and pass."""
     for setting in options.linear_settings():
         backward = options.configs(*setting.shape[::-1])
-        yield measure_ffn(setting, backward, options.rounds)
+        yield measure_ffn(setting, backward, options)
 
 
 def measure_ffn(
-    setting: LinearSetting, downs: Mapping[str, StructureConfig], rounds: int
+    setting: LinearSetting, downs: Mapping[str, StructureConfig], options: BenchOptions
 ) -> BenchmarkRecord:
-    """Time one setting; ``downs`` are the configs of the way back. Raises ``NumericError`` if a
-    layer computes something else."""
-    shape, kind, like = setting.shape, setting.kind, setting.like
+    """Time one setting; ``downs`` are the configs of the way back. Raises ``NumericError`` if an
+    FFN computes something else."""
     torch.manual_seed(0)
-    x, slope = torch.randn(2, setting.num_tokens, shape[0]).to(like)
-    models = build_ffns(setting, downs, x)
-    flops = {name: _flops(model, shape) for name, model in models.items()}
-    cases = {
-        name: BenchmarkCase(
-            run=step(model, x, slope, kind),
-            ideal_speedup=None if name == "dense" else flops["dense"] / flops[name],
-        )
-        for name, model in models.items()
-    }
-    wide = torch.randn(setting.num_tokens, shape[1]).to(like)
-    cases[ACTIVATION] = BenchmarkCase(run=step(_Activation(), wide, wide, kind))
+    models = build_ffns(setting, downs, gated=options.gated)
+    x, slope = torch.randn(2, setting.num_tokens, setting.shape[0]).to(setting.like)
+    cases = _whole_cases(models, x, slope, setting.kind, compiled=options.compiled)
+    cases |= _part_cases(models, x, slope, setting)
+    flops = {name: _flops(model) for name, model in models.items()}
+    promised = setting.is_promised and not options.gated
     return measure_cases(
         "ffn",
-        setting.to_dict(),
+        setting.to_dict() | ({"activation": "SwiGLU"} if options.gated else {}),
         cases,
         device=setting.device,
-        rounds=rounds,
-        bars=partial(ffn_bars, flops, setting) if setting.is_promised else no_bars,
+        rounds=options.rounds,
+        bars=partial(ffn_bars, flops, setting) if promised else no_bars,
     )
 
 
 def build_ffns(
-    setting: LinearSetting, downs: Mapping[str, StructureConfig], x: Tensor
-) -> dict[str, nn.Module]:
-    """Dense and each structure, checked on some of the tokens ``x`` (N, I)."""
-    shape, back = setting.shape, setting.shape[::-1]
-    dense = FFN(nn.Linear(*shape), nn.Linear(*back))
-    models: dict[str, nn.Module] = {"dense": dense.to(x)}
-    few = x[:CHECKED_TOKENS]
+    setting: LinearSetting, downs: Mapping[str, StructureConfig], *, gated: bool = False
+) -> dict[str, FFN | GatedFFN]:
+    """Dense and each structure: with GELU and biases, or gated without biases, as in Llama."""
+    shape, back, bias = setting.shape, setting.shape[::-1], not gated
+    makers: dict[str, tuple[Callable[[], nn.Module], nn.Module]] = {
+        "dense": (partial(nn.Linear, *shape, bias=bias), nn.Linear(*back, bias=bias))
+    }
     for name, config in setting.configs.items():
-        up, down = config.build(*shape).to(x), downs[name].build(*back).to(x)
-        check_linear(up, few)
-        check_linear(down, up(few).detach())
-        models[name] = FFN(up, down)
-    return models
+        up = partial(config.build, *shape, bias=bias)
+        makers[name] = up, downs[name].build(*back, bias=bias)
+    return {
+        name: (GatedFFN(up(), up(), down) if gated else FFN(up(), down)).to(setting.like)
+        for name, (up, down) in makers.items()
+    }
+
+
+def _whole_cases(
+    models: Mapping[str, nn.Module], x: Tensor, slope: Tensor, kind: Pass, *, compiled: bool
+) -> dict[str, BenchmarkCase]:
+    """Each FFN, checked on the tokens ``x`` (N, I)."""
+    forms: dict[str, tuple[nn.Module, Any]] = {name: (m, m) for name, m in models.items()}
+    if compiled:
+        torch.compiler.reset()  # it refuses many forms of one function
+        for name in _split(models):
+            faster = torch.compile(models[name], fullgraph=True, dynamic=False)
+            forms[f"{name}, compiled"] = models[name], faster
+    cases = {}
+    for name, (model, run) in forms.items():
+        check_layer(model, x, run)
+        ideal = None if name == "dense" else _flops(models["dense"]) / _flops(model)
+        cases[name] = BenchmarkCase(run=step(run, x, slope, kind), ideal_speedup=ideal)
+    return cases
+
+
+def _part_cases(
+    models: Mapping[str, FFN | GatedFFN], x: Tensor, slope: Tensor, setting: LinearSetting
+) -> dict[str, BenchmarkCase]:
+    """What an FFN cannot do without: matmuls, the activation, the gradients of biases."""
+    kind = setting.kind
+    wide = torch.randn(2, setting.num_tokens, setting.shape[1]).to(x).unbind()
+    runs: dict[str, Callable[[], object]] = {
+        bare(name): ffn_matmuls(models[name], x, slope, wide[0], kind) for name in _split(models)
+    }
+    if isinstance(models["dense"], GatedFFN):
+        runs[GATE] = activation_step(swiglu, wide, wide[0], kind)
+    else:
+        runs[ACTIVATION] = activation_step(gelu, wide[:1], wide[1], kind)
+        if kind == "forward+backward":  # in a forward pass the matmuls add the biases
+            runs[BIASES] = lambda: (wide[0].sum(0), slope.sum(0))
+    return {name: BenchmarkCase(run=run) for name, run in runs.items()}
+
+
+def _split(models: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name in SPLIT if name in models]
+
+
+def ffn_matmuls(
+    model: FFN | GatedFFN, x: Tensor, slope: Tensor, wide: Tensor, kind: Pass
+) -> Callable[[], object]:
+    """The matmuls of ``model`` for x (N, I), slope (N, I), those of a gate with wide (N, O)."""
+    both = bare_matmuls(factors_of(model.up, model.down), x, slope, kind)
+    if isinstance(model, FFN):
+        return both
+    gate = bare_matmuls(factors_of(model.gate), x, wide, kind)
+    return lambda: (both(), gate())
+
+
+def activation_step(
+    activation: Callable[..., Tensor], inputs: Sequence[Tensor], slope: Tensor, kind: Pass
+) -> Callable[[], object]:
+    """``activation`` of inputs (N, O), without gradients or with its own backward pass."""
+    if kind == "forward":
+        return torch.no_grad()(lambda: activation(*inputs))
+    leaves = [given.detach().requires_grad_() for given in inputs]
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        activation(*leaves).backward(slope)
+
+    return run
 
 
 def ffn_bars(flops: Mapping[str, float], setting: LinearSetting, times: Timings) -> list[Bar]:
-    """low_rank against what its FLOPs allow, with the activation paid in full."""
-    if setting.kind == "forward" or "low_rank" not in times:
+    """low_rank against what its FLOPs allow, with the activation paid in full; on a GPU a forward
+    pass against dense."""
+    if setting.kind == "forward":
+        return _gpu_bars(flops, setting, times)
+    if "low_rank" not in times:
         return []
     dense, activation = times.ms("dense"), times.ms(ACTIVATION)
     ratio = flops["dense"] / flops["low_rank"]
@@ -104,11 +192,28 @@ def ffn_bars(flops: Mapping[str, float], setting: LinearSetting, times: Timings)
     return bars
 
 
-def _flops(model: nn.Module, shape: tuple[int, int]) -> int:
+def _gpu_bars(flops: Mapping[str, float], setting: LinearSetting, times: Timings) -> list[Bar]:
+    large = min(setting.shape) >= GPU_WIDTH and setting.num_tokens >= GPU_TOKENS
+    if not (setting.device.type == "cuda" and setting.dtype == "bf16" and large):
+        return []
+    return [
+        Bar(
+            name=f"dense / {name}, forward",
+            value=times.ratio("dense", name),
+            limit=limit,
+            at_most=False,
+        )
+        for name, limit in GPU_BARS.items()
+        if name in times and flops["dense"] / flops[name] >= 3
+    ]
+
+
+def _flops(model: nn.Module) -> int:
     """Forward matmul FLOPs of a token."""
-    layers = [layer for layer in model.modules() if isinstance(layer, StructuredLinear)]
-    if not layers:
-        return 4 * shape[0] * shape[1]
-    return sum(
-        layer.config.flops_per_token(layer.in_features, layer.out_features) for layer in layers
-    )
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            total += 2 * layer.in_features * layer.out_features
+        elif isinstance(layer, StructuredLinear):
+            total += layer.config.flops_per_token(layer.in_features, layer.out_features)
+    return total

@@ -1,4 +1,4 @@
-"""One linear layer: dense, each structure, the structure's bare matmuls, a guided step."""
+"""One linear layer: dense, each structure beside its bare matmuls, a guided step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from factorlm.bench.bare import bare, bare_matmuls, factors_of
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
 from factorlm.bench.options import BenchOptions, LinearSetting, Pass
-from factorlm.bench.truth import check_guided, check_linear
+from factorlm.bench.truth import check_layer
 from factorlm.layers import LowRankConfig, SelfGuidedLinear, StructureConfig, StructuredLinear
 from factorlm.records import BenchmarkRecord
 
-CHECKED_TOKENS = 64
-BARE = "bare matmuls"
 GUIDED = "guided (merged)"
 GUIDED_TOKENS = 16384
 """From so many tokens on, a guided training step is timed too."""
@@ -36,14 +35,13 @@ def measure_linear(setting: LinearSetting, rounds: int) -> BenchmarkRecord:
     x, slope = (torch.randn(setting.num_tokens, size).to(like) for size in shape)
     layers: dict[str, nn.Module] = {"dense": nn.Linear(*shape, bias=False).to(like)}
     for name, config in setting.configs.items():
-        layer = config.build(*shape, bias=False).to(like)
-        check_linear(layer, x[:CHECKED_TOKENS])
-        layers[name] = layer
-    cases = {
-        name: BenchmarkCase(run=step(layer, x, slope, kind), ideal_speedup=_ideal(layer, shape))
-        for name, layer in layers.items()
-    }
-    cases |= _more_cases(layers.get("low_rank"), x, slope, kind)
+        layers[name] = config.build(*shape, bias=False).to(like)
+    cases = {}
+    for name, layer in layers.items():
+        check_layer(layer, x)
+        run, ideal = step(layer, x, slope, kind), _ideal(layer, shape)
+        cases[name] = BenchmarkCase(run=run, ideal_speedup=ideal)
+    cases |= _bare_cases(layers, x, slope, kind) | _guided_case(layers, x, slope, kind)
     return measure_cases(
         "kernel",
         setting.to_dict(),
@@ -68,43 +66,38 @@ def step(layer: nn.Module, x: Tensor, slope: Tensor, kind: Pass) -> Callable[[],
     return run
 
 
-def bare_matmuls(
-    V: Tensor, U: Tensor, x: Tensor, slope: Tensor, kind: Pass
-) -> Callable[[], object]:
-    """The matmuls of U(Vx) alone, two forward and four backward, each into new memory."""
-
-    @torch.no_grad()
-    def run() -> object:
-        hidden = x @ V.t()
-        y = hidden @ U.t()
-        if kind == "forward":
-            return y
-        hidden_slope = slope @ U
-        return y, slope.t() @ hidden, hidden_slope @ V, hidden_slope.t() @ x
-
-    return run
-
-
 def kernel_bars(setting: LinearSetting, times: Timings) -> list[Bar]:
     """What is promised of a linear at a low share of the parameters."""
-    shape, configs = setting.shape, setting.configs
     bars = []
-    if BARE in times:
-        name = "low_rank / its bare matmuls"
-        bars.append(Bar(name=name, value=times.ratio("low_rank", BARE), limit=1.03))
+    if bare("low_rank") in times:
+        value = times.ratio("low_rank", bare("low_rank"))
+        bars.append(Bar(name="low_rank / its bare matmuls", value=value, limit=1.03))
+    bars += _per_flop_bars(setting, times)
     if setting.kind == "forward":
         return bars
-    if "low_rank" in times and min(shape) >= WIDE and _share(configs, shape) <= 1 / 3:
+    shape = setting.shape
+    if "low_rank" in times and min(shape) >= WIDE and _share(setting.configs, shape) <= 1 / 3:
         speedup = times.ratio("dense", "low_rank")
         bars.append(Bar(name="dense / low_rank", value=speedup, limit=3.0, at_most=False))
     if GUIDED in times:
         ratio = times.ratio(GUIDED, "dense")
         bars.append(Bar(name="guided (merged) / dense", value=ratio, limit=1.10))
-    for other, limit in (("block_dense", 1.05), ("block_shuffle", 1.10)):
+    return bars
+
+
+def _per_flop_bars(setting: LinearSetting, times: Timings) -> list[Bar]:
+    """block_dense is held against low_rank in both passes, block_shuffle in the whole step."""
+    shape, configs = setting.shape, setting.configs
+    limits = {"block_dense": 1.05}
+    if setting.kind == "forward+backward":
+        limits["block_shuffle"] = 1.10
+    bars = []
+    for other, limit in limits.items():
         if {"low_rank", other} <= configs.keys():
             flops = [configs[name].flops_per_token(*shape) for name in (other, "low_rank")]
             value = times.ratio(other, "low_rank") * flops[1] / flops[0]
-            bars.append(Bar(name=f"{other} / low_rank, per FLOP", value=value, limit=limit))
+            name = f"{other} / low_rank, per FLOP, {setting.kind}"
+            bars.append(Bar(name=name, value=value, limit=limit))
     return bars
 
 
@@ -118,23 +111,31 @@ def _ideal(layer: nn.Module, shape: tuple[int, int]) -> float | None:
     return 2 * shape[0] * shape[1] / layer.config.flops_per_token(*shape)
 
 
-def _more_cases(
-    low_rank: nn.Module | None, x: Tensor, slope: Tensor, kind: Pass
+def _bare_cases(
+    layers: Mapping[str, nn.Module], x: Tensor, slope: Tensor, kind: Pass
 ) -> dict[str, BenchmarkCase]:
-    """The bare matmuls of low_rank, and from 16k tokens on a guided step of it."""
-    if not isinstance(low_rank, StructuredLinear) or not isinstance(low_rank.config, LowRankConfig):
-        return {}
-    V, U = (low_rank.get_parameter(factor.name) for factor in low_rank.factors)
-    shape = (low_rank.in_features, low_rank.out_features)
-    found = {
-        BARE: BenchmarkCase(
-            run=bare_matmuls(V, U, x, slope, kind), ideal_speedup=_ideal(low_rank, shape)
-        )
-    }
-    if kind == "forward+backward" and x.shape[0] >= GUIDED_TOKENS:
-        copied = low_rank.config.build(*shape, bias=False, device=x.device, dtype=x.dtype)
-        guided = SelfGuidedLinear(copied, form="merged")
-        guided.set_alpha(0.5)
-        check_guided(guided, x[:CHECKED_TOKENS])
-        found[GUIDED] = BenchmarkCase(run=step(guided, x, slope, kind), ideal_speedup=1.0)
+    """The bare matmuls of each structure; dense is little else."""
+    found = {}
+    for name, layer in layers.items():
+        factors = factors_of(layer)
+        if name != "dense" and factors:
+            run, shape = bare_matmuls(factors, x, slope, kind), (x.shape[1], slope.shape[1])
+            found[bare(name)] = BenchmarkCase(run=run, ideal_speedup=_ideal(layer, shape))
     return found
+
+
+def _guided_case(
+    layers: Mapping[str, nn.Module], x: Tensor, slope: Tensor, kind: Pass
+) -> dict[str, BenchmarkCase]:
+    """From 16k tokens on a guided step of low_rank."""
+    layer = layers.get("low_rank")
+    if not isinstance(layer, StructuredLinear) or not isinstance(layer.config, LowRankConfig):
+        return {}
+    if kind == "forward" or x.shape[0] < GUIDED_TOKENS:
+        return {}
+    shape = (layer.in_features, layer.out_features)
+    copied = layer.config.build(*shape, bias=False, device=x.device, dtype=x.dtype)
+    guided = SelfGuidedLinear(copied, form="merged")
+    guided.set_alpha(0.5)
+    check_layer(guided, x)
+    return {GUIDED: BenchmarkCase(run=step(guided, x, slope, kind), ideal_speedup=1.0)}

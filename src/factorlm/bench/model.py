@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factorlm.accounting import training_flops
-from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
-from factorlm.bench.options import DTYPES, BenchOptions
+from factorlm.bench.cases import (
+    Bar,
+    BenchmarkCase,
+    Timings,
+    measure_cases,
+    no_bars,
+    require_close,
+)
+from factorlm.bench.options import DTYPES, BenchOptions, unsolved_config
+from factorlm.bench.truth import TOLERANCES
 from factorlm.config import Config, check
 from factorlm.hf import build_causal_lm
 from factorlm.hf.loss import CausalLMLoss
-from factorlm.layers import STRUCTURES
+from factorlm.layers import StructuredLinear
 from factorlm.optim import build_optimizer
 from factorlm.records import BenchmarkRecord
+from factorlm.surgery import densify_
 
 HEAD_DIM = 64
+NUM_CHECKED = 16
+"""Tokens whose loss and gradients are compared before anything is timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +62,7 @@ class ModelShape(Config):
         heads = self.width // HEAD_DIM
         return build_causal_lm(
             "gpt_s",
-            None if structure is None else STRUCTURES[structure](),
+            None if structure is None else unsolved_config(structure),
             param_ratio=None if structure is None else options.share,
             multiple_of=None if structure is None else 16,
             device=options.device,
@@ -74,11 +87,14 @@ def benchmark_model(options: BenchOptions, shape: ModelShape) -> Iterator[Benchm
 def measure_model(
     options: BenchOptions, shape: ModelShape, num_tokens: int, dtype: str
 ) -> BenchmarkRecord:
-    """Time steps of forward, backward, clipping and fused AdamW; bf16 is autocast's."""
+    """Time steps of forward, backward, clipping and fused AdamW; bf16 is autocast's. Raises
+    ``NumericError`` if a model computes something else (``check_model``)."""
     device = torch.device(options.device)
     rows = max(1, num_tokens // shape.context_length)
     names = {"dense": None} | {name: name for name in options.structures}
     models = {name: shape.build(kind, options) for name, kind in names.items()}
+    for name, model in models.items():
+        check_model(name, model)
     flops = {
         name: training_flops(
             model, num_tokens=rows * shape.context_length, seq_len=shape.context_length
@@ -96,6 +112,7 @@ def measure_model(
         "num_tokens": rows * shape.context_length,
         "dtype": dtype,
         "share": options.share,
+        "structures": structures_of(models),
     }
     return measure_cases(
         "model",
@@ -106,6 +123,66 @@ def measure_model(
         min_round_ms=1.0,
         bars=partial(model_bars, flops) if shape.width >= 768 else no_bars,
     )
+
+
+def structures_of(models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Model -> the config of its first structured layer, as records hold it; dense ones have none.
+
+    The layers on the way back from the FFN's width may have another rank.
+    """
+    first = {name: next(iter(_structured(model).values()), None) for name, model in models.items()}
+    return {name: layer.config.to_target() for name, layer in first.items() if layer is not None}
+
+
+def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` in float32 that multiplies by ``to_dense``: the naive truth."""
+    twin = copy.deepcopy(model).to(torch.float32)
+    if _structured(twin):
+        densify_(twin)
+    return twin
+
+
+def check_model(name: str, model: PreTrainedModel) -> None:
+    """The loss and the gradients of ``model``, in float32, are those of its dense twin.
+
+    Of gradients: the embedding's, which has passed every layer, and those of all factors, where the
+    truth is the dense weight's through ``to_dense``. Raises ``NumericError`` naming the first that
+    differs.
+    """
+    twin = dense_twin(model)
+    pairs = {"loss": (_loss_backward(model), _loss_backward(twin))}
+    embedding, wanted = (one.get_input_embeddings().weight.grad for one in (model, twin))
+    pairs["gradient of the embedding"] = (embedding, wanted)
+    for place, layer in _structured(model).items():
+        factors = [layer.get_parameter(factor.name) for factor in layer.factors]
+        slope = twin.get_parameter(f"{place}.weight").grad
+        truths = torch.autograd.grad(layer.to_dense(), factors, slope)
+        for one, weight, truth in zip(layer.factors, factors, truths, strict=True):
+            assert weight.grad is not None
+            pairs[f"gradient of {place}.{one.name}"] = (weight.grad, truth)
+    for what, (mine, truth) in pairs.items():
+        error = float(torch.linalg.vector_norm(mine - truth) / torch.linalg.vector_norm(truth))
+        require_close(f"{name}: {what}", error, TOLERANCES[torch.float32])
+    model.zero_grad(set_to_none=True)
+
+
+def _structured(model: nn.Module) -> dict[str, StructuredLinear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLinear)
+    }
+
+
+def _loss_backward(model: PreTrainedModel) -> Tensor:
+    """The loss of a few random tokens; gradients are left in the parameters."""
+    count = min(NUM_CHECKED, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, count + 1), generator=generator)
+    ids = ids.to(model.device)
+    loss: Tensor = CausalLMLoss(model)(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    return loss.detach()
 
 
 def model_bars(flops: Mapping[str, float], times: Timings) -> list[Bar]:

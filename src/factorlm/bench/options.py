@@ -19,6 +19,18 @@ Pass = Literal["forward", "forward+backward"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def unsolved_config(structure: str) -> StructureConfig:
+    """What every benchmark builds of a structure, before its size is solved for a share.
+
+    block_shuffle leaves its last shuffle out (``output_shuffle=False``): a fixed order of the
+    outputs, which costs no quality and would cost a copy.
+    """
+    config = STRUCTURES[structure]()
+    if isinstance(config, BlockShuffleConfig):
+        return config.replace(output_shuffle=False)
+    return config
+
+
 @dataclass(frozen=True)
 class LinearSetting:
     """What one record of a linear layer, or of an FFN, is about."""
@@ -29,6 +41,8 @@ class LinearSetting:
     kind: Pass
     configs: Mapping[str, StructureConfig]
     device: torch.device
+    share: float
+    """That was asked for; ``configs`` say what it came to."""
 
     @property
     def like(self) -> Tensor:
@@ -47,6 +61,7 @@ class LinearSetting:
             "num_tokens": self.num_tokens,
             "dtype": self.dtype,
             "pass": self.kind,
+            "share": self.share,
             "structures": {name: config.to_target() for name, config in self.configs.items()},
         }
 
@@ -66,6 +81,10 @@ class BenchOptions(Config):
     passes: tuple[Pass, ...] = get_args(Pass)
     device: str = "cpu"
     rounds: int = 15
+    gated: bool = False
+    """An FFN as in Llama, SwiGLU without biases, in place of GELU with biases."""
+    compiled: bool = False
+    """Of an FFN, dense and low_rank also through ``torch.compile``, which takes a while first."""
 
     def __post_init__(self) -> None:
         check(0 < self.share <= 1, f"share={self.share} must lie in (0, 1]")
@@ -90,17 +109,15 @@ class BenchOptions(Config):
         grid = itertools.product(self.shapes, self.num_tokens, self.dtype_names, self.passes)
         for shape, num_tokens, dtype, kind in grid:
             configs = self.configs(*shape)
-            yield LinearSetting(shape, num_tokens, dtype, kind, configs, torch.device(self.device))
+            device = torch.device(self.device)
+            yield LinearSetting(shape, num_tokens, dtype, kind, configs, device, self.share)
 
     def configs(self, in_features: int, out_features: int) -> dict[str, StructureConfig]:
-        """Structure -> its config at the share; block_shuffle without its last shuffle."""
+        """Structure -> its config at the share (``unsolved_config``)."""
         found = {}
         for name in self.structures:
-            empty = STRUCTURES[name]()
-            if isinstance(empty, BlockShuffleConfig):
-                empty = empty.replace(output_shuffle=False)
             try:
-                config = empty.for_param_ratio(
+                config = unsolved_config(name).for_param_ratio(
                     in_features, out_features, self.share, multiple_of=16
                 )
                 config.validate(in_features, out_features)

@@ -1,58 +1,89 @@
-"""No number before the result is right: layers against a dense product in float64."""
+"""No number before the result is right: what is timed, against dense products in float64."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from factorlm.errors import NumericError
+from factorlm.bench.cases import require_close
 from factorlm.layers import SelfGuidedLinear, StructuredLinear
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest relative error, in Frobenius norm, of an output or a gradient."""
+CHECKED_TOKENS = 256
+"""Of which results are compared. All tokens go through the layer, which may choose its path by
+their number."""
+
+Run = Callable[[Tensor], Tensor]
 
 
-def check_linear(layer: StructuredLinear, x: Tensor) -> None:
-    """The layer's output and gradients on ``x`` (N, I) equal those of ``to_dense`` in float64.
+def check_layer(layer: nn.Module, x: Tensor, run: Run | None = None) -> None:
+    """What ``layer``, or ``run`` if that is another form of it, makes of x (N, I) is right.
 
-    Raises ``NumericError`` naming the first that does not.
+    Its output, with and without gradients, and its gradients equal those of ``naive(layer)`` on
+    tokens from the first to the last. Raises ``NumericError`` naming the first that does not.
     """
-    exact = copy.deepcopy(layer).double()
-    truth = x.detach().double().requires_grad_()
-    bias = exact.bias
-    _compare(layer, x, exact, truth, linear(truth, exact.to_dense(), bias))
-
-
-def check_guided(layer: SelfGuidedLinear, x: Tensor) -> None:
-    """The same for α W + (1 - α) S, both maps on every token."""
-    exact = copy.deepcopy(layer).double()
-    truth = x.detach().double().requires_grad_()
-    guided = linear(truth, exact.guide.weight, exact.bias)
-    plain = linear(truth, exact.structured.to_dense(), exact.bias)
-    _compare(layer, x, exact, truth, torch.lerp(plain, guided, exact.alpha))
-
-
-def _compare(layer: nn.Module, x: Tensor, exact: nn.Module, truth: Tensor, wanted: Tensor) -> None:
-    x = x.detach().requires_grad_()
-    found = layer(x)
-    cotangent = torch.linspace(-1, 1, found.numel(), device=x.device).view_as(found)
+    run = layer if run is None else run
+    exact, rows = naive(layer), _rows(x)
+    truth = x.detach()[rows].double().requires_grad_()
+    wanted = exact(truth)
+    with torch.no_grad():
+        _check("output without gradients", run(x)[rows], wanted, x.dtype)
+    leaf = x.detach().requires_grad_()
+    found = run(leaf)
+    _check("output", found[rows], wanted, x.dtype)
+    cotangent = torch.linspace(-1, 1, wanted.numel(), device=x.device).view_as(wanted)
     cotangent = cotangent.to(found.dtype)  # as rounded: sums of it, a bias's gradient, cancel
-    names = ["x", *dict(layer.named_parameters())]
-    gradients = torch.autograd.grad(found, [x, *layer.parameters()], cotangent)
+    slope = torch.zeros_like(found).index_copy(0, rows, cotangent)
+    gradients = torch.autograd.grad(found, [leaf, *layer.parameters()], slope)
     expected = torch.autograd.grad(wanted, [truth, *exact.parameters()], cotangent.double())
-    _check("output", found, wanted, x.dtype)
+    names = ["x", *dict(layer.named_parameters())]
     for name, mine, theirs in zip(names, gradients, expected, strict=True):
+        mine = mine[rows] if name == "x" else mine
         _check(f"gradient of {name}", mine, theirs, x.dtype)
+
+
+@torch.no_grad()
+def check_outputs(run: Run, layer: nn.Module, x: Tensor) -> None:
+    """The same for what ``run`` makes of x (N, I) without gradients alone."""
+    rows = _rows(x)
+    wanted = naive(layer)(x[rows].double())
+    _check("output without gradients", run(x)[rows], wanted, x.dtype)
+
+
+def naive(layer: nn.Module) -> nn.Module:
+    """A copy in float64 in which structured layers multiply by their ``to_dense``, and guided ones
+    compute both maps on every token."""
+    exact = copy.deepcopy(layer).double()
+    for module in exact.modules():
+        if isinstance(module, StructuredLinear):
+            module.forward = partial(_dense_product, module)  # type: ignore[method-assign]
+        elif isinstance(module, SelfGuidedLinear):
+            module.forward = partial(_guided_product, module)  # type: ignore[method-assign]
+    return exact
+
+
+def _dense_product(layer: StructuredLinear, x: Tensor) -> Tensor:
+    return linear(x, layer.to_dense(), layer.bias)
+
+
+def _guided_product(layer: SelfGuidedLinear, x: Tensor) -> Tensor:
+    guided = linear(x, layer.guide.weight, layer.bias)
+    return torch.lerp(_dense_product(layer.structured, x), guided, layer.alpha)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The places of up to ``CHECKED_TOKENS`` tokens of x (N, I), from the first to the last."""
+    count = min(len(x), CHECKED_TOKENS)
+    return torch.arange(count, device=x.device) * (len(x) - 1) // max(count - 1, 1)
 
 
 def _check(what: str, found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     with torch.no_grad():
         error = float(torch.linalg.norm(found.double() - wanted) / torch.linalg.norm(wanted))
-    if not error <= TOLERANCES[dtype]:
-        raise NumericError(
-            f"{what} is off by {error:.2g} of its norm in {dtype}, over {TOLERANCES[dtype]:g}: "
-            "nothing was timed"
-        )
+    require_close(f"{what} in {dtype}", error, TOLERANCES[dtype])

@@ -30,11 +30,21 @@ def has_fast_bf16(device_type: str) -> bool:
 
 
 def matmul_flops_per_second(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """FLOP/s (2·n³ a product) of the fastest square matmul seen in about 0.2 s.
+    """FLOP/s (2·n³ a product) of the fastest square ``torch.mm`` seen in about 0.2 s.
 
     Measured once in a process for each dtype, device and number of threads.
     """
-    return _measure(dtype, torch.device(device), torch.get_num_threads())
+    return _measure(dtype, torch.device(device), torch.get_num_threads(), packed=False)
+
+
+def packed_flops_per_second(dtype: torch.dtype) -> float | None:
+    """The same with a right factor that oneDNN keeps in its own order (``factorlm.ops.packed``), on
+    a CPU. None in builds of torch and for dtypes that cannot."""
+    try:
+        _pack(torch.ones(16, 16, dtype=dtype))
+    except (AttributeError, RuntimeError):
+        return None
+    return _measure(dtype, torch.device("cpu"), torch.get_num_threads(), packed=True)
 
 
 @functools.cache
@@ -54,19 +64,27 @@ def memory_bytes_per_second(device: torch.device | str = "cpu") -> float:
 
 
 def machine_limits(device: torch.device | str = "cpu") -> dict[str, float]:
-    """The two sides of the roofline, for a record: GFLOP/s of matmuls by dtype, GB/s of memory."""
+    """The two sides of the roofline, for a record.
+
+    ``fp32_gflops``, ``bf16_gflops``: GFLOP/s of ``torch.mm``, which is what training runs.
+    ``fp32_packed_gflops``, ``bf16_packed_gflops``: of packed products, on a CPU; far more where
+    torch.mm misses the best kernel (MKL in float32 on AMD). The larger of the two is the machine's
+    limit. ``memory_gb_per_second``: GB/s of reading.
+    """
     kind = torch.device(device).type
     dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_fast_bf16(kind) else {})
-    rates = {
-        f"{name}_gflops": matmul_flops_per_second(dtype, device) / 1e9
-        for name, dtype in dtypes.items()
-    }
+    rates = {}
+    for name, dtype in dtypes.items():
+        rates[f"{name}_gflops"] = matmul_flops_per_second(dtype, device) / 1e9
+        packed = packed_flops_per_second(dtype) if kind == "cpu" else None
+        if packed is not None:
+            rates[f"{name}_packed_gflops"] = packed / 1e9
     return rates | {"memory_gb_per_second": memory_bytes_per_second(device) / 1e9}
 
 
 @functools.cache
-def _measure(dtype: torch.dtype, device: torch.device, num_threads: int) -> float:
-    size, factors = SMALLEST, _factors(SMALLEST, dtype, device)
+def _measure(dtype: torch.dtype, device: torch.device, num_threads: int, *, packed: bool) -> float:
+    size, factors = SMALLEST, _factors(SMALLEST, dtype, device, packed)
     deadline = time.perf_counter() + BUDGET_SECONDS
     best = 0.0
     while True:
@@ -76,13 +94,13 @@ def _measure(dtype: torch.dtype, device: torch.device, num_threads: int) -> floa
         # Small products wait more than they compute: take the largest that the budget allows.
         if left > 2 * 8 * seconds and size < LARGEST:
             size *= 2
-            factors = _factors(size, dtype, device)
+            factors = _factors(size, dtype, device, packed)
         elif left < seconds:
             return best
 
 
 def _factors(
-    size: int, dtype: torch.dtype, device: torch.device
+    size: int, dtype: torch.dtype, device: torch.device, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two matrices whose first product, which sets up its kernel, is done.
 
@@ -92,14 +110,28 @@ def _factors(
     generator = torch.Generator(device).manual_seed(0)
     shape = (2, size, size)
     left, right = torch.randn(shape, device=device, generator=generator).to(dtype)
+    right = _pack(right) if packed else right
     _seconds(left, right)
     return left, right
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, len(weight))
+    return packed
 
 
 @torch.no_grad()
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     synchronizer(left.device)()
     started = time.perf_counter()
-    torch.mm(left, right)
+    _product(left, right)
     synchronizer(left.device)()
     return time.perf_counter() - started
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left rightᵀ where ``right`` is packed, left right where it is not: the same work."""
+    if right.is_mkldnn:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return y
+    return torch.mm(left, right)

@@ -103,13 +103,18 @@ def _batched_into(y: Tensor, x: Tensor, matrices: Tensor, bias: Tensor | None) -
 
 def block_gradients(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
     """grad (N, G b), x (N, G a), blocks (G, b, a) -> grad_gᵀ x_g (G, b, a), unseen by autograd."""
-    num_blocks = blocks.shape[0]
     gradients = torch.empty_like(blocks, memory_format=torch.contiguous_format)
     if x.device.type != "cpu":
-        left = grad.unflatten(1, (num_blocks, -1)).permute(1, 2, 0)
-        return torch.bmm(left, x.unflatten(1, (num_blocks, -1)).transpose(0, 1), out=gradients)
+        return _batched_gradients(gradients, grad, x)
+    num_blocks = blocks.shape[0]
     for left, right, out in zip(
         grad.chunk(num_blocks, 1), x.chunk(num_blocks, 1), gradients, strict=True
     ):
         torch.mm(left.t(), right, out=out)
     return gradients
+
+
+def _batched_gradients(gradients: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    num_blocks = gradients.shape[0]
+    left = grad.unflatten(1, (num_blocks, -1)).permute(1, 2, 0)
+    return torch.bmm(left, x.unflatten(1, (num_blocks, -1)).transpose(0, 1), out=gradients)

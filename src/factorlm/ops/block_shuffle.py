@@ -64,9 +64,31 @@ def _in_groups(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) ->
         hidden = _swapped(block_diagonal(x, grouped), num_blocks).flatten(1)
         return block_diagonal(hidden, second, bias)
     dtype = matmul_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
-    y: Tensor = _Grouped.apply(x.to(dtype), grouped.to(dtype), second.to(dtype), bias)
+    factors = (grouped.to(dtype), second.to(dtype), None if bias is None else bias.to(dtype))
+    if not torch.is_grad_enabled():
+        return _multiply_grouped(x.to(dtype), *factors)
+    y: Tensor = _Grouped.apply(x.to(dtype), *factors)
     return y
+
+
+def _multiply_grouped(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, hidden: Tensor | None = None
+) -> Tensor:
+    """x (N, I) -> (N, O), some tokens at a time. What is between the products is kept in ``hidden``
+    (N, m) if that is given. Not seen by autograd."""
+    num_blocks = first.shape[0]
+    y = x.new_empty(x.shape[0], num_blocks * second.shape[1])
+    for part in _parts(x):
+        product = multiply_panels(x[part], first.transpose(1, 2))
+        shuffled = torch.empty_like(product) if hidden is None else hidden[part]
+        _swap_into(shuffled, product, num_blocks)
+        multiply_panels(shuffled, second.transpose(1, 2), bias, out=y[part])
+    return y
+
+
+def _swap_into(out: Tensor, hidden: Tensor, num_blocks: int) -> None:
+    """hidden (N, m) by block, then group -> out (N, m) by group, then block."""
+    out.unflatten(1, (num_blocks, num_blocks, -1)).copy_(_swapped(hidden, num_blocks))
 
 
 def _swapped(hidden: Tensor, num_blocks: int) -> Tensor:
@@ -80,14 +102,8 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-        num_blocks, width, _ = first.shape
-        shape = (num_blocks, num_blocks, -1)
-        hidden = x.new_empty(x.shape[0], num_blocks * width)
-        y = x.new_empty(x.shape[0], num_blocks * second.shape[1])
-        for part in _parts(x):
-            product = multiply_panels(x[part], first.transpose(1, 2))
-            hidden[part].unflatten(1, shape).copy_(_swapped(product, num_blocks))
-            multiply_panels(hidden[part], second.transpose(1, 2), bias, out=y[part])
+        hidden = x.new_empty(x.shape[0], first.shape[0] * first.shape[1])
+        y = _multiply_grouped(x, first, second, bias, hidden)
         ctx.save_for_backward(x, first, second, hidden)
         return y
 
@@ -97,11 +113,10 @@ class _Grouped(torch.autograd.Function):
         x, first, second, hidden = ctx.saved_tensors
         needs_x, needs_first, needs_second, needs_bias = ctx.needs_input_grad
         num_blocks = first.shape[0]
-        shape = (num_blocks, num_blocks, -1)
         slope, x_grad = torch.empty_like(hidden), torch.empty_like(x) if needs_x else None
         for part in _parts(x) if needs_x or needs_first else ():
             product = multiply_panels(grad[part], second)
-            slope[part].unflatten(1, shape).copy_(_swapped(product, num_blocks))
+            _swap_into(slope[part], product, num_blocks)
             if x_grad is not None:
                 multiply_panels(slope[part], first, out=x_grad[part])
         return (
