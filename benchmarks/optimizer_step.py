@@ -3,7 +3,8 @@
 The share is that of a step of ``--tokens-per-step`` tokens: forward and backward are timed on
 ``--tokens`` of them and scaled up, since they are proportional to the tokens and the optimizer's
 step does not depend on them. AdamW's own step is in the table too: what Muon or Spectron add is
-the difference.
+the difference. ``low_rank_guided`` has a guide beside every structured layer, in the passes too,
+which merge it once every ``--tokens``.
 
     python benchmarks/optimizer_step.py --output reports/optimizer_step/records/optimizer_step.jsonl
 """
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import torch
 from _publish import publish
+from transformers import PreTrainedModel
 
-from factorlm.accounting import training_flops
+from factorlm.accounting import guide_flops, training_flops
 from factorlm.hf import build_causal_lm
 from factorlm.hf.loss import CausalLMLoss
 from factorlm.layers import (
@@ -27,28 +29,32 @@ from factorlm.layers import (
     StructureConfig,
 )
 from factorlm.measure import Measurement, environment, has_fast_bf16, measure_latency
-from factorlm.optim import build_optimizer, optimizer_flops
+from factorlm.optim import GuideSchedule, build_optimizer, guide_optimizer_flops, optimizer_flops
+from factorlm.surgery import attach_guides_, guided_layers, set_guides_
 
 STRUCTURES: dict[str, StructureConfig | None] = {
     "dense": None,
     "low_rank": LowRankConfig(),
     "block_shuffle": BlockShuffleConfig(),
     "block_dense": BlockDenseConfig(),
+    "low_rank_guided": LowRankConfig(),
 }
-KINDS = ("adamw", "muon", "spectron")
+KINDS = {
+    "dense": ("adamw", "muon", "spectron"),
+    "low_rank": ("adamw", "muon", "spectron", "lora_muon"),
+    "block_shuffle": ("adamw", "muon", "spectron"),
+    "block_dense": ("adamw", "muon", "spectron"),
+    "low_rank_guided": ("muon",),
+}
 BAR = 0.05
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Every kind of optimizer on the model with structure ``name``."""
+    """Every kind of optimizer of ``KINDS`` on case ``name``."""
     device = torch.device(args.device)
-    structure = STRUCTURES[name]
-    ratio = None if structure is None else 0.32
-    model = build_causal_lm(
-        args.preset, structure, param_ratio=ratio, device=device, max_position_embeddings=1024
-    )
-    loss = CausalLMLoss(model)
     length = min(args.tokens, 1024)
+    model, flops = build(name, args, length)
+    loss = CausalLMLoss(model)
     ids = torch.randint(0, model.config.vocab_size, (args.tokens // length, length), device=device)
 
     def passes() -> None:
@@ -59,11 +65,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     passes()
     # A rate of zero: steps cost the same and the weights stay as they are.
-    optimizers = {kind: build_optimizer(model, kind=kind, learning_rate=0.0) for kind in KINDS}
+    kinds = KINDS[name]
+    optimizers = {kind: build_optimizer(model, kind=kind, learning_rate=0.0) for kind in kinds}
     cases = {"passes": passes} | {kind: made.step for kind, made in optimizers.items()}
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     found = measure_latency(cases, rounds=args.rounds, min_round_ms=1, synchronize=synchronize)
-    flops = training_flops(model, seq_len=length, num_tokens=args.tokens_per_step).model_flops
     scale = args.tokens_per_step / (ids.shape[0] * length)
     return {
         kind: {
@@ -71,10 +77,38 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
             "spread_ms": round(found[kind].spread_ms, 2),
             "passes_ms": round(scale * found["passes"].median_ms, 1),
             "share": round(share(found[kind], found["passes"], scale), 5),
-            "share_of_flops": round(optimizer_flops(model, kind) / flops, 5),
+            "share_of_flops": round(step_flops(model, kind) / flops, 5),
         }
-        for kind in KINDS
+        for kind in kinds
     }
+
+
+def build(name: str, args: argparse.Namespace, length: int) -> tuple[PreTrainedModel, int]:
+    """The model of case ``name``, and the ``model_flops`` of a step, its guides' included."""
+    structure = STRUCTURES[name]
+    model = build_causal_lm(
+        args.preset,
+        structure,
+        param_ratio=None if structure is None else 0.32,
+        device=torch.device(args.device),
+        max_position_embeddings=1024,
+    )
+    tokens = args.tokens_per_step
+    flops = training_flops(model, seq_len=length, num_tokens=tokens).model_flops
+    if name.endswith("_guided"):
+        flops += guide_flops(
+            model, tokens_per_step=tokens, tokens_per_forward=args.tokens
+        ).model_flops
+        attach_guides_(model)
+        set_guides_(guided_layers(model).values(), GuideSchedule(num_steps=2, variant="full"), 1)
+    return model, flops
+
+
+def step_flops(model: PreTrainedModel, kind: str) -> int:
+    """Matmul FLOPs of a step of the optimizer, its guides' included."""
+    guides = [layer.guide.weight for layer in guided_layers(model).values()]
+    own = sum(guide_optimizer_flops(*reversed(weight.shape), kind) for weight in guides)
+    return own + optimizer_flops(model, kind)
 
 
 def share(step: Measurement, passes: Measurement, scale: float) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,26 @@ ROOT = Path(__file__).parents[2]
 RECIPES = str(ROOT / "recipes" / "quality")
 
 
-@pytest.fixture(scope="module")
-def quality() -> Any:
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["quality"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def quality() -> Any:
+    return load_script("quality")
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    found = load_script("quality_report")
+    found.REPORT = ROOT / "reports" / "quality"
+    return found
 
 
 @pytest.fixture
@@ -136,3 +148,27 @@ def test_c_and_g_spend_what_the_best_dense_row_spends(quality: Any, values: Any)
             assert (plan.guide is not None) == (point == "G")
     plain = describe(runs["low_rank_muon_rate8-T-s0"].config(RECIPES)).plan
     assert plain.num_steps == describe(runs["dense_rate8-T-s0"].config(RECIPES)).plan.num_steps
+
+
+def test_the_best_rate_moves_by_at_most_one_step_over_widths(report: Any, values: Any) -> None:
+    """On the grid of square roots of two, means over seeds; from the records."""
+    curves = report.transfer_curves(report.load_results())
+    assert sorted(curves) == values["transfer"]["widths"] == [64, 128, 256]
+    best = [min(points, key=points.get) for points in curves.values()]
+    for points, rate in zip(curves.values(), best, strict=True):
+        assert min(points) < rate < max(points)  # not at an edge
+    assert max(best) / min(best) < 2**0.5 * 1.01
+
+
+def test_differences_are_of_pairs_with_one_seed(report: Any) -> None:
+    def results(losses: dict[int, float]) -> list[Any]:
+        runs = {seed: SimpleNamespace(config={"seed": seed}) for seed in losses}
+        return [SimpleNamespace(run=runs[seed], loss=loss) for seed, loss in losses.items()]
+
+    found = {
+        "dense_rate8": {"T": results({0: 3.0, 1: 5.0})},
+        "wide": {"C": results({0: 2.9, 1: 4.9, 2: 9.0}), "G": results({1: 4.8})},
+    }
+    table = report.difference_table(found).splitlines()[2:]
+    assert table == ["| wide-G | -0.2000 |", "| wide-C | -0.1000 ± 0.0000 (2) |"]
+    assert report.guidance_table(found).splitlines()[2:] == ["| wide | -0.1000 |"]
