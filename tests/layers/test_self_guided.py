@@ -85,6 +85,20 @@ def test_the_formula(form: GuideForm) -> None:
 
 
 @pytest.mark.parametrize("form", ["merged", "two_path"])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3), (2, 0, 3)])
+def test_any_shape_of_tokens(form: GuideForm, shape: tuple[int, ...]) -> None:
+    """The guide's own output is never a view, which FSDP2 cannot hook safely."""
+    layer = guided(STRUCTURES["low_rank"], form)
+    layer.set_alpha(0.25)
+    bases = []
+    layer.guide.register_forward_hook(lambda guide, inputs, y: bases.append(y._base))
+    x = torch.randn(*shape, SIZES[0], dtype=torch.float64)
+    weight = 0.25 * layer.guide.weight + 0.75 * layer.structured.to_dense()
+    torch.testing.assert_close(layer(x), linear(x, weight, layer.bias))
+    assert bases == [None]
+
+
+@pytest.mark.parametrize("form", ["merged", "two_path"])
 def test_limits_are_the_dense_and_the_structured_layer(form: GuideForm) -> None:
     layer = guided(STRUCTURES["low_rank"], form)
     x = torch.randn(4, SIZES[0], dtype=torch.float64)

@@ -38,7 +38,10 @@ def test_a_structured_model_is_guided_within_the_flops_of_its_dense_counterpart(
 
 
 def test_a_dense_model_and_one_with_weights_are_not_guided(tiny_values: MakeValues) -> None:
-    assert config(tiny_values, structure={}).guide.variant == "none"
+    for structure in ({}, {"structure": "dense"}):
+        found = config(tiny_values, structure=structure)
+        assert (found.guide.variant, found.budget.flops) == ("none", None)
+        assert describe(found).plan.guide is None
     started = config(tiny_values, model={"preset": None, "init_from": "a/folder"})
     assert started.guide.variant == "none"
     assert started.budget.flops is None

@@ -51,6 +51,11 @@ def test_another_structure_does_not_inherit_fields(base: Path) -> None:
     }
 
 
+def test_a_merged_key_is_not_a_repeated_one(base: Path) -> None:
+    text = "extends: base.yaml\nmodel: &m {<<: {vocab_size: 400}, vocab_size: 500}\n"
+    assert load_recipe(write(base, text)).model.vocab_size == 500
+
+
 def test_flags_win_over_the_file(base: Path) -> None:
     config = load_recipe(base, ["--structure.rank", "4", "--name", "other", "--seed=3"])
     assert (config.structure["rank"], config.name, config.seed) == (4, "other", 3)
@@ -72,6 +77,8 @@ def test_flags_win_over_the_file(base: Path) -> None:
         ("extends: run.yaml", [], ["extends itself"]),
         ("- a list", [], ["must be a mapping"]),
         ("a: [", [], ["not YAML"]),
+        ("model:\nseed: 1\nmodel: {}", [], ["run.yaml", "line 4", "'model'"]),
+        ("model: {overrides: {a: 1, a: 2}}", [], ["run.yaml", "line 2", "'a'"]),
         ("", ["--batch.num_stepz", "3"], ["batch.num_stepz", "batch.num_steps"]),
         ("", ["--checkpoint.keep", "1"], ["checkpoint.keep=1", "at least 2"]),
     ],

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import warnings
 import weakref
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from factorlm.errors import ConfigError, InterruptedRun
 from factorlm.hf import load
@@ -95,18 +98,24 @@ def test_alpha_and_choices_follow_the_schedule(tiny_values: MakeValues, tmp_path
     assert records[-1].model_flops == trainer.plan.spent(20).model_flops
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_skipped_step_leaves_the_guide_and_its_state(
-    tiny_values: MakeValues, tmp_path: Path
+    tiny_values: MakeValues, tmp_path: Path, name: str, kind: str
 ) -> None:
-    for kind in ("adamw", "muon"):
-        values = tiny_values(guide=guide(), batch={"num_steps": 20}, optimizer={"kind": kind})
-        trainer = run(values, str(tmp_path / kind))
-        skipped = [record.guide_skipped for record in steps(trainer)][:11]
-        for step in range(1, 11):
-            before, after = trainer.guides[step - 1], trainer.guides[step]
-            assert before.keys() == after.keys()
-            same = [torch.equal(before[key], after[key]) for key in before]
-            assert all(same) if skipped[step] else not any(same)
+    values = tiny_values(
+        structure=STRUCTURES[name],
+        guide=guide(),
+        batch={"num_steps": 20},
+        optimizer={"kind": kind},
+    )
+    trainer = run(values, str(tmp_path))
+    skipped = [record.guide_skipped for record in steps(trainer)][:11]
+    for step in range(1, 11):
+        before, after = trainer.guides[step - 1], trainer.guides[step]
+        assert before.keys() == after.keys()
+        same = [torch.equal(before[key], after[key]) for key in before]
+        assert all(same) if skipped[step] else not any(same)
 
 
 def test_the_saved_model_has_no_trace_of_the_guide(tiny_values: MakeValues, tmp_path: Path) -> None:
@@ -123,22 +132,19 @@ def test_the_saved_model_has_no_trace_of_the_guide(tiny_values: MakeValues, tmp_
     assert not [name for name in checkpoint if "guide" in name]
 
 
-class Weak(Watched):
-    """Keeps weak references to the guides and their gradients and moments."""
+class Weak(Trainer):
+    """Keeps weak references to the guides with their last gradients and moments."""
 
-    def _build(self) -> None:
-        super()._build()
-        weights = [layer.guide.weight for layer in guided_layers(self.model).values()]
-        self.weak = [weakref.ref(weight) for weight in weights]
+    weak: list[weakref.ref[torch.Tensor]]
 
-    def _step(self) -> None:
-        Trainer._step(self)
-        if self.state.step == 3:
-            for reference in list(self.weak):
-                weight = reference()
-                assert weight is not None
-                tensors = self.optimizer.state[weight].values()
-                self.weak += [weakref.ref(t) for t in tensors if t.ndim == 2]
+    def _backward(self, step: int) -> torch.Tensor:
+        loss = super()._backward(step)
+        assert self.plan.guide is not None
+        if step == self.plan.guide.num_steps - 1:
+            weights = [layer.guide.weight for layer in guided_layers(self.model).values()]
+            tensors = [t for w in weights for t in (w, w.grad, *self.optimizer.state[w].values())]
+            self.weak = [weakref.ref(t) for t in tensors if t is not None and t.ndim == 2]
+        return loss
 
 
 def freed(values: dict[str, Any], runs: str) -> tuple[int, int]:
@@ -149,17 +155,25 @@ def freed(values: dict[str, Any], runs: str) -> tuple[int, int]:
     return len(trainer.weak), sum(reference() is not None for reference in trainer.weak)
 
 
+WATCHED = 2 * 4
+"""Two guides, each with its weight, its gradient and AdamW's two moments."""
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_memory_returns_to_that_of_the_structured_model(
-    tiny_values: MakeValues, tmp_path: Path
+    tiny_values: MakeValues, tmp_path: Path, name: str
 ) -> None:
-    values = tiny_values(guide=guide(variant="full"))
-    assert freed(values, str(tmp_path)) == (2 * 3, 0)
+    values = tiny_values(structure=STRUCTURES[name], guide=guide(variant="full"))
+    assert freed(values, str(tmp_path)) == (WATCHED, 0)
 
 
 @pytest.mark.slow
-def test_memory_returns_under_fsdp2(tiny_values: MakeValues, tmp_path: Path) -> None:
-    values = tiny_values(guide=guide(variant="full"), parallel={"strategy": "fsdp2"})
-    assert run_distributed(freed, 2, values, str(tmp_path)) == [(2 * 3, 0)] * 2
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_memory_returns_in_two_processes(
+    tiny_values: MakeValues, tmp_path: Path, strategy: str
+) -> None:
+    values = tiny_values(guide=guide(variant="full"), parallel={"strategy": strategy})
+    assert run_distributed(freed, 2, values, str(tmp_path)) == [(WATCHED, 0)] * 2
 
 
 def test_no_guided_model_is_saved_or_the_best(tiny_values: MakeValues, tmp_path: Path) -> None:
@@ -232,13 +246,18 @@ def budget_for(values: dict[str, Any], num_guide_steps: float) -> float:
     return structured + 0.5 * num_guide_steps * plan.guided_step.model_flops
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "spectron"])
-@pytest.mark.parametrize("stop_at", [3, 8, 9, 20, 25])
+KINDS = ("adamw", "muon", "spectron", "lora_muon")  # the last is for low_rank alone
+STOPS = [("low_rank", kind, stop_at) for kind in KINDS for stop_at in (3, 8, 9, 20, 25)]
+STOPS += [(name, kind, 8) for name in ("block_shuffle", "block_dense") for kind in KINDS[:3]]
+
+
+@pytest.mark.parametrize(("name", "kind", "stop_at"), STOPS)
 def test_a_resumed_run_is_bit_equal(
-    tiny_values: MakeValues, tmp_path: Path, kind: str, stop_at: int
+    tiny_values: MakeValues, tmp_path: Path, name: str, kind: str, stop_at: int
 ) -> None:
     """Stopped while guided, at the guides' last step, after it, and in the replay."""
     values = tiny_values(
+        structure=STRUCTURES[name],
         guide=guide(share=None),
         batch={"num_steps": 20, "micro_batch": 4},
         optimizer={"kind": kind},
@@ -257,6 +276,7 @@ def test_a_resumed_run_is_bit_equal(
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_compiled_layers_learn_the_same(tiny_values: MakeValues, tmp_path: Path) -> None:
     """Through guided and skipped steps and the end of the guides."""
     values = tiny_values(guide=guide(), batch={"num_steps": 8})
@@ -267,8 +287,55 @@ def test_compiled_layers_learn_the_same(tiny_values: MakeValues, tmp_path: Path)
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
+class Counted(Trainer):
+    """Compiles layers with a backend that only counts."""
+
+    def _build(self) -> None:
+        self.graphs = 0
+        self.compiled: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            compile_ = partialmethod(nn.Module.compile, backend=self._count)
+            patch.setattr(nn.Module, "compile", compile_)
+            super()._build()
+
+    def _count(self, graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        self.graphs += 1
+        return graph
+
+    def _step(self) -> None:
+        super()._step()
+        self.compiled.append(self.graphs)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_compiled_layers_stay_compiled(tiny_values: MakeValues, tmp_path: Path, name: str) -> None:
+    """Dense and structured ones, guided, skipped, evaluated on partial batches, and afterwards."""
+    values = tiny_values(
+        structure=STRUCTURES[name],
+        guide=guide(),
+        batch={"num_steps": 20},
+        eval={"every_steps": 4},
+        parallel={"compile": True},
+    )
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    trainer = Counted(TrainConfig.from_dict(values), runs_dir=str(tmp_path))
+    with torch._dynamo.config.patch(recompile_limit=8):  # PyTorch's own
+        trainer.fit()
+    assert frames["total"] == frames["ok"] > 8
+    assert any(record.guide_skipped for record in steps(trainer))
+    last = [r for r in RecordFile(trainer.run.records.path) if isinstance(r, EvalRecord)][-1]
+    assert last.num_eval_tokens % trainer.config.tokens_per_step
+    evaluated_and_trained = 2
+    assert trainer.compiled[12] == trainer.compiled[11] + evaluated_and_trained
+    assert trainer.graphs == trainer.compiled[12]
+
+
 def losses(values: dict[str, Any], runs: str) -> list[float]:
-    return [step.loss for step in steps(run(values, runs))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FSDP2-wrapped module")
+        return [step.loss for step in steps(run(values, runs))]
 
 
 @pytest.mark.slow
@@ -295,6 +362,7 @@ def test_two_processes_learn_what_one_does(
     ("sections", "message"),
     [
         ({"structure": {}, "guide": guide()}, "needs a structure"),
+        ({"structure": {"structure": "dense"}, "guide": guide()}, "needs a structure"),
         ({"guide": guide(share=None)}, "guide.share=None and budget.flops=None: state exactly one"),
         ({"guide": guide(), "budget": BUDGET}, "state exactly one"),
         ({"guide": guide(share=1.5)}, r"guide.share=1.5 must lie in \(0, 1\]"),

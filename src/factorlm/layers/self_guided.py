@@ -113,7 +113,14 @@ class SelfGuidedLinear(StructuredWrapper):
         structured = self.structured
         if self.skipped and self.training:
             return structured(x)
-        if self._merges(x.numel() // structured.in_features):
+        # One row a token: of more dimensions `linear` returns a view, which FSDP2 warns about.
+        tokens = x.reshape(-1, structured.in_features)
+        return self._mixed(tokens).view(*x.shape[:-1], structured.out_features)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """(N, I) -> (N, O), with the guide."""
+        structured = self.structured
+        if self._merges(len(x)):
             return self.guide(x, self.alpha, structured.bias, dense=structured.to_dense())
         return self.guide(x, self.alpha, structured.bias, output=structured(x))
 

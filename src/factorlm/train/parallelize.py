@@ -76,8 +76,16 @@ def prepare_layers(model: PreTrainedModel, parallel: ParallelSection) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
     if parallel.compile:
+        raise_recompile_limit()
         for layer in decoder_layers(model):
             layer.compile()
+
+
+def raise_recompile_limit() -> None:
+    """Let dynamo keep up to 64 graphs of a function. All decoder layers share one: dense or
+    structured, guided or skipped, training or evaluating on whole or partial batches, they need
+    more than its 8, past which it runs a layer uncompiled for the rest of the process."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def shard_(module: CausalLMLoss, world: World) -> None:

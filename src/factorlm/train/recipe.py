@@ -14,6 +14,20 @@ from factorlm.errors import ConfigError
 from factorlm.train.config import TrainConfig
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a mapping with a repeated key, of which YAML's own loader keeps the last alone."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written, before ``<<`` brings other keys in."""
+        node = super().compose_mapping_node(anchor)
+        seen: list[object] = []
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            check(key.value not in seen, f"line {line}: repeats the key {key.value!r}")
+            seen.append(key.value)
+        return node
+
+
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe with the recipes that it extends, then apply ``--section.key value`` flags.
 
@@ -34,7 +48,9 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in children:
         raise ConfigError(f"{path}: extends={path.name!r} extends itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}, {error}") from None
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
