@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from factorlm.ops import block_diagonal, block_shuffle
 from factorlm.ops.block_dense import block_dense
+from factorlm.ops.block_diagonal import FEW_TOKENS
 from factorlm.ops.low_rank import low_rank
 
 N, IN, OUT, RANK, BLOCKS = 40, 32, 64, 8, 2
@@ -80,7 +81,7 @@ def test_block_dense_keeps_its_input_and_r_values_a_token() -> None:
 
 
 @pytest.mark.parametrize("output_shuffle", [True, False])
-@pytest.mark.parametrize("num_tokens", [IN // BLOCKS - 1, IN // BLOCKS, N])
+@pytest.mark.parametrize("num_tokens", [IN // BLOCKS - 1, IN // BLOCKS, N, FEW_TOKENS + 1])
 def test_block_shuffle_keeps_its_input_and_m_values_a_token(
     num_tokens: int, output_shuffle: bool
 ) -> None:
@@ -96,22 +97,23 @@ def test_block_shuffle_keeps_its_input_and_m_values_a_token(
 def test_block_shuffle_without_gradients_keeps_the_values_of_some_tokens_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(block_shuffle, "TOKENS_AT_ONCE", 8)
+    monkeypatch.setattr(block_shuffle, "FEW_TOKENS", 0)
+    monkeypatch.setattr(block_shuffle, "TOKENS_AT_ONCE", 16)
     x, first = leaf(N, IN), leaf(BLOCKS, IN // BLOCKS, IN // BLOCKS)
     second, bias = leaf(BLOCKS, OUT // BLOCKS, IN // BLOCKS), leaf(OUT)
-    shapes = []
-    right = block_shuffle._swap_into
+    held = []
+    right = block_shuffle._groups
 
-    def spied(out: Tensor, *args: object) -> None:
-        shapes.append((out.untyped_storage().nbytes() // 8, out.numel()))
-        right(out, *args)  # type: ignore[arg-type]
+    def spied(hidden: Tensor, second: Tensor) -> Tensor:
+        held.append((hidden.untyped_storage().nbytes() // 8, hidden.numel()))
+        return right(hidden, second)
 
-    monkeypatch.setattr(block_shuffle, "_swap_into", spied)
+    monkeypatch.setattr(block_shuffle, "_groups", spied)
     wanted = block_shuffle.block_shuffle(x, first, second, bias)
-    assert shapes == [(N * IN, 8 * IN)] * 5  # one tensor for the backward pass
-    shapes.clear()
+    assert held == [(N * IN, N * IN)]
+    held.clear()
     with torch.no_grad():
         found = block_shuffle.block_shuffle(x, first, second, bias)
-    assert shapes == [(8 * IN, 8 * IN)] * 5
+    assert held == [(16 * IN, 16 * IN)] * 2 + [(16 * IN, 8 * IN)]
     assert not found.requires_grad
-    assert torch.equal(found, wanted)
+    assert_close(found, wanted.detach(), rtol=1e-13, atol=1e-13)

@@ -75,11 +75,13 @@ def test_block_dense(
     assert_same(block_dense_dense(B, L), block_dense_reference(B, L), [B, L])
 
 
+@pytest.mark.parametrize("few_tokens", [0, FEW_TOKENS])
 @pytest.mark.parametrize("output_shuffle", [True, False])
 @fast
 @given(tokens=small, blocks=small, block_in=small, block_hidden=small, block_out=small)
 def test_block_shuffle(
     output_shuffle: bool,
+    few_tokens: int,
     tokens: int,
     blocks: int,
     block_in: int,
@@ -94,7 +96,10 @@ def test_block_shuffle(
     )
     inputs, shuffle = [x, first, second, bias], {"output_shuffle": output_shuffle}
     truth = block_shuffle_reference(first, second, **shuffle)
-    assert_same(block_shuffle(x, first, second, bias, **shuffle), x @ truth.T + bias, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factorlm.ops.block_shuffle.FEW_TOKENS", few_tokens)
+        y = block_shuffle(x, first, second, bias, **shuffle)
+    assert_same(y, x @ truth.T + bias, inputs)
     truth = block_shuffle_reference(first, second, **shuffle)
     assert_same(block_shuffle_dense(first, second, **shuffle), truth, [first, second])
 
@@ -156,10 +161,11 @@ def test_block_diagonal_computes_only_the_gradients_that_are_asked_for() -> None
         assert counter.get_total_flops() == products * 2 * 5 * blocks.numel()
 
 
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_ops_under_autocast_are_near_the_truth(dtype: torch.dtype) -> None:
+def test_block_ops_under_autocast_are_near_the_truth(dtype: torch.dtype, num_tokens: int) -> None:
     x, first, second, bias = (t.detach().float().requires_grad_() for t in
-                              leaves((40, 16), (2, 8, 8), (2, 12, 8), (24,)))  # fmt: skip
+                              leaves((num_tokens, 16), (2, 8, 8), (2, 12, 8), (24,)))  # fmt: skip
     exact = block_shuffle(*(t.double() for t in (x, first, second, bias)))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = block_shuffle(x, first, second, bias)
@@ -170,34 +176,58 @@ def test_block_ops_under_autocast_are_near_the_truth(dtype: torch.dtype) -> None
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (x, first, second))
 
 
-def test_both_orders_of_the_shuffle_agree() -> None:
-    """From I/G tokens on the rows of the first factor are shuffled, below it the hidden values."""
-    x, first, second = leaves((8, 16), (2, 8, 8), (2, 12, 8))
-    many = block_shuffle(x, first, second)
-    few = torch.cat([block_shuffle(row, first, second) for row in x.split(1)])
-    assert_same(many, few, [x, first, second])
+@pytest.mark.parametrize("block_hidden", [7, 8])
+def test_every_order_of_the_shuffle_agrees(block_hidden: int) -> None:
+    """Hidden values lie by feature beyond a few tokens. Up to there they are put in the order of
+    the groups, or from I/G tokens on, where G² divides m, the rows of the first factor are."""
+    x, *factors = leaves((2 * FEW_TOKENS, 16), (2, block_hidden, 8), (2, 12, block_hidden))
+    many = block_shuffle(x, *factors)
+    for num_tokens in (FEW_TOKENS, 1):
+        few = torch.cat([block_shuffle(rows, *factors) for rows in x.split(num_tokens)])
+        assert_same(many, few, [x, *factors])
+        many = block_shuffle(x, *factors)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("output_shuffle", [True, False])
-def test_tokens_go_through_block_shuffle_some_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, with_bias: bool, output_shuffle: bool
+def test_block_shuffle_without_gradients_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, with_bias: bool
 ) -> None:
-    monkeypatch.setattr("factorlm.ops.block_shuffle.TOKENS_AT_ONCE", 3)
-    x, first, second, bias = leaves((10, 16), (2, 8, 8), (2, 12, 8), (24,))
-    truth = x @ block_shuffle_reference(first, second, output_shuffle=output_shuffle).T
-    found = block_shuffle(
-        x, first, second, bias if with_bias else None, output_shuffle=output_shuffle
-    )
-    inputs = [x, first, second]
-    assert_same(found, truth + bias if with_bias else truth, [*inputs, bias][: 3 + with_bias])
-    for wanted in inputs:
+    monkeypatch.setattr("factorlm.ops.block_shuffle.TOKENS_AT_ONCE", 30)
+    x, first, second, bias = leaves((num_tokens, 6), (3, 4, 2), (3, 5, 4), (15,))
+    inputs = (x, first, second, bias if with_bias else None)
+    with torch.no_grad():
+        found = block_shuffle(*inputs)
+    assert not found.requires_grad
+    assert_close(found, block_shuffle(*inputs).detach(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("few_tokens", [0, FEW_TOKENS])
+def test_block_shuffle_computes_only_the_gradients_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, few_tokens: int
+) -> None:
+    monkeypatch.setattr("factorlm.ops.block_shuffle.FEW_TOKENS", few_tokens)
+    x, first, second, bias = inputs = leaves((10, 16), (2, 8, 8), (2, 12, 8), (24,))
+    products = {x: (first, second, second, first), first: (first, second, second, first),
+                second: (first, second, second), bias: (first, second)}  # fmt: skip
+    for wanted, factors in products.items():
         chosen = [t if t is wanted else t.detach() for t in inputs]
-        y = block_shuffle(*chosen, output_shuffle=output_shuffle)
-        (alone,) = torch.autograd.grad(y.square().sum(), [wanted])
-        y = block_shuffle(*inputs, output_shuffle=output_shuffle)
-        (beside,) = torch.autograd.grad(y.square().sum(), [wanted])
+        with FlopCounterMode(display=False) as counter:
+            (alone,) = torch.autograd.grad(block_shuffle(*chosen).square().sum(), [wanted])
+        (beside,) = torch.autograd.grad(block_shuffle(*inputs).square().sum(), [wanted])
         assert torch.equal(alone, beside)
+        assert counter.get_total_flops() == sum(2 * 10 * factor.numel() for factor in factors)
+
+
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+def test_block_shuffle_refuses_to_be_differentiated_again(num_tokens: int) -> None:
+    x, first, second = leaves((num_tokens, 6), (3, 4, 2), (3, 5, 4))
+    y = block_shuffle(x, first, second)
+    (slope,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(lambda x: block_shuffle(x, first, second), (x,), (x,))
 
 
 @given(blocks=st.integers(1, 12), block_hidden=st.integers(1, 40))

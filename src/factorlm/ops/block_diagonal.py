@@ -45,7 +45,7 @@ def block_diagonal(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Ten
 
 def block_diagonal_batched(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same in plain PyTorch: one batched matmul over views, and a copy."""
-    rows = x.unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)
+    rows = panels(x, blocks.shape[0])
     y = torch.bmm(rows, blocks.transpose(1, 2)).transpose(0, 1).flatten(1)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -80,20 +80,32 @@ def multiply_panels(
     y = x.new_empty(x.shape[0], num_blocks * width) if out is None else out
     if x.device.type != "cpu":
         return _batched_into(y, x, matrices, bias)
-    panels = zip(x.chunk(num_blocks, 1), matrices, y.chunk(num_blocks, 1), strict=True)
-    if bias is None:
-        for part, matrix, panel in panels:
-            torch.mm(part, matrix, out=panel)
-    else:
-        for (part, matrix, panel), offset in zip(panels, bias.chunk(num_blocks), strict=True):
-            torch.addmm(offset, part, matrix, out=panel)
+    multiply_each(panels(x, num_blocks), matrices, panels(y, num_blocks), bias)
     return y
+
+
+def panels(x: Tensor, num_blocks: int) -> Tensor:
+    """x (N, G a) -> (G, N, a), a view."""
+    return x.unflatten(1, (num_blocks, -1)).transpose(0, 1)
+
+
+def multiply_each(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left (G, N, a), right (G, a, b), bias (G b,) -> ``out`` (G, N, b), any of them with strides.
+
+    A matmul for each block, each of which BLAS takes as it lies. Not seen by autograd.
+    """
+    if bias is None:
+        for a, b, product in zip(left, right, out, strict=True):
+            torch.mm(a, b, out=product)
+    else:
+        for a, b, product, offset in zip(left, right, out, bias.chunk(len(out)), strict=True):
+            torch.addmm(offset, a, b, out=product)
+    return out
 
 
 def _batched_into(y: Tensor, x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     num_blocks = matrices.shape[0]
-    out = y.unflatten(1, (num_blocks, -1)).transpose(0, 1)
-    rows = x.unflatten(1, (num_blocks, -1)).transpose(0, 1)
+    rows, out = panels(x, num_blocks), panels(y, num_blocks)
     if bias is None:
         torch.bmm(rows, matrices, out=out)
     else:
@@ -107,14 +119,9 @@ def block_gradients(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return _batched_gradients(gradients, grad, x)
     num_blocks = blocks.shape[0]
-    for left, right, out in zip(
-        grad.chunk(num_blocks, 1), x.chunk(num_blocks, 1), gradients, strict=True
-    ):
-        torch.mm(left.t(), right, out=out)
-    return gradients
+    return multiply_each(panels(grad, num_blocks).mT, panels(x, num_blocks), gradients)
 
 
 def _batched_gradients(gradients: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     num_blocks = gradients.shape[0]
-    left = grad.unflatten(1, (num_blocks, -1)).permute(1, 2, 0)
-    return torch.bmm(left, x.unflatten(1, (num_blocks, -1)).transpose(0, 1), out=gradients)
+    return torch.bmm(panels(grad, num_blocks).mT, panels(x, num_blocks), out=gradients)

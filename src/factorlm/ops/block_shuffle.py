@@ -6,7 +6,6 @@ The permutation sends hidden value j of m to group j mod G, slot j div G: a resh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from torch.nn.functional import pad
 
 from factorlm.ops.autocast import matmul_dtype
 from factorlm.ops.block_diagonal import (
+    FEW_TOKENS,
     as_rows,
     block_diagonal,
-    block_gradients,
-    multiply_panels,
+    multiply_each,
+    panels,
 )
 
-TOKENS_AT_ONCE = 1024
-"""Of which the values between the two products fit a processor's cache."""
+TOKENS_AT_ONCE = 2048
+"""On a CPU without gradients: of so many the values between the two products are held."""
 
 
 def block_shuffle(
@@ -49,60 +49,62 @@ def block_shuffle(
 
 
 def _in_groups(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-    """x (N, I), bias (O,) -> (N, O), the outputs of each group beside each other.
+    """x (N, I), bias (O,) -> (N, O), the outputs of each group beside each other."""
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager_cpu and x.shape[0] > FEW_TOKENS:
+        return _feature_major(x, first, second, bias)
+    return _token_major(x, first, second, bias)
 
-    Where G² divides m and there are more tokens than columns, the rows of ``first`` are put in the
-    order of the groups, which moves less than the tokens' values and leaves these in runs of m/G².
+
+def _token_major(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    """Hidden values lie as (N, m) and are copied into the order of the groups.
+
+    Where G² divides m and there are more tokens than columns, the rows of ``first`` are put in that
+    order, which moves less than the tokens' values and leaves these in runs of m/G².
     """
     num_blocks, block_hidden, fan_in = first.shape
     if block_hidden % num_blocks or x.shape[0] < fan_in:
-        hidden = block_diagonal(x, first)
-        hidden = hidden.unflatten(1, (block_hidden, num_blocks)).transpose(1, 2).flatten(1)
-        return block_diagonal(hidden, second, bias)
-    grouped = first.unflatten(1, (-1, num_blocks)).transpose(1, 2).flatten(1, 2)
-    if torch.compiler.is_compiling():  # the compiler plans the memory itself
-        hidden = _swapped(block_diagonal(x, grouped), num_blocks).flatten(1)
-        return block_diagonal(hidden, second, bias)
+        hidden = block_diagonal(x, first).unflatten(1, (block_hidden, num_blocks))
+    else:
+        grouped = first.unflatten(1, (-1, num_blocks)).transpose(1, 2).flatten(1, 2)
+        hidden = block_diagonal(x, grouped).unflatten(1, (num_blocks, num_blocks, -1))
+    return block_diagonal(hidden.transpose(1, 2).flatten(1), second, bias)
+
+
+def _feature_major(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    """Hidden values lie as (m, N): group q is rows q, q + G, ..., so that nothing is copied."""
     dtype = matmul_dtype(x)
-    factors = (grouped.to(dtype), second.to(dtype), None if bias is None else bias.to(dtype))
-    if not torch.is_grad_enabled():
-        return _multiply_grouped(x.to(dtype), *factors)
-    y: Tensor = _Grouped.apply(x.to(dtype), *factors)
-    return y
+    x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled():
+        y: Tensor = _Grouped.apply(x, first, second, bias)
+        return y
+    return _multiply_grouped(x, first, second, bias)
 
 
 def _multiply_grouped(
     x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, hidden: Tensor | None = None
 ) -> Tensor:
-    """x (N, I) -> (N, O), some tokens at a time. What is between the products is kept in ``hidden``
-    (N, m) if that is given. Not seen by autograd."""
+    """x (N, I) -> (N, O). What is between the products is kept in ``hidden`` (m, N) if that is
+    given, else held of some tokens at a time. Not seen by autograd."""
     num_blocks = first.shape[0]
     y = x.new_empty(x.shape[0], num_blocks * second.shape[1])
-    for part in _parts(x):
-        product = multiply_panels(x[part], first.transpose(1, 2))
-        shuffled = torch.empty_like(product) if hidden is None else hidden[part]
-        _swap_into(shuffled, product, num_blocks)
-        multiply_panels(shuffled, second.transpose(1, 2), bias, out=y[part])
+    step = TOKENS_AT_ONCE if hidden is None else x.shape[0]
+    if hidden is None:
+        hidden = _new_hidden(x[:step], first)
+    for part, out in zip(x.split(step), y.split(step), strict=True):
+        held = hidden[:, : part.shape[0]]
+        multiply_each(first, panels(part, num_blocks).mT, _blocks(held, first))
+        multiply_each(_groups(held, second).mT, second.mT, panels(out, num_blocks), bias)
     return y
 
 
-def _swap_into(out: Tensor, hidden: Tensor, num_blocks: int) -> None:
-    """hidden (N, m) by block, then group -> out (N, m) by group, then block."""
-    out.unflatten(1, (num_blocks, num_blocks, -1)).copy_(_swapped(hidden, num_blocks))
-
-
-def _swapped(hidden: Tensor, num_blocks: int) -> Tensor:
-    """(N, m) by block, then group -> (N, G, G, m/G²) by group, then block, and the reverse."""
-    return hidden.unflatten(1, (num_blocks, num_blocks, -1)).transpose(1, 2)
-
-
 class _Grouped(torch.autograd.Function):
-    """Both products and the shuffle between them, on a CPU some tokens at a time: what is shuffled
-    is still in the cache."""
+    """Keeps x and the hidden values for the backward pass, which is not differentiable again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-        hidden = x.new_empty(x.shape[0], first.shape[0] * first.shape[1])
+        hidden = _new_hidden(x, first)
         y = _multiply_grouped(x, first, second, bias, hidden)
         ctx.save_for_backward(x, first, second, hidden)
         return y
@@ -112,25 +114,37 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second, hidden = ctx.saved_tensors
         needs_x, needs_first, needs_second, needs_bias = ctx.needs_input_grad
-        num_blocks = first.shape[0]
+        inputs, slopes = panels(x, first.shape[0]), panels(grad, first.shape[0])
         slope, x_grad = torch.empty_like(hidden), torch.empty_like(x) if needs_x else None
-        for part in _parts(x) if needs_x or needs_first else ():
-            product = multiply_panels(grad[part], second)
-            _swap_into(slope[part], product, num_blocks)
-            if x_grad is not None:
-                multiply_panels(slope[part], first, out=x_grad[part])
+        if needs_x or needs_first:
+            multiply_each(second.mT, slopes.mT, _groups(slope, second))
+        if x_grad is not None:
+            multiply_each(_blocks(slope, first).mT, first, panels(x_grad, first.shape[0]))
         return (
             x_grad,
-            block_gradients(slope, x, first) if needs_first else None,
-            block_gradients(grad, hidden, second) if needs_second else None,
+            _gradients(_blocks(slope, first), inputs, first) if needs_first else None,
+            _gradients(slopes.mT, _groups(hidden, second).mT, second) if needs_second else None,
             grad.sum(0) if needs_bias else None,
         )
 
 
-def _parts(x: Tensor) -> Iterator[slice]:
-    """Slices of the tokens."""
-    step = TOKENS_AT_ONCE if x.device.type == "cpu" else max(x.shape[0], 1)
-    return (slice(start, start + step) for start in range(0, x.shape[0], step))
+def _blocks(hidden: Tensor, first: Tensor) -> Tensor:
+    """(m, N) -> (G, m/G, N), a view: what block p of the first factor gives."""
+    return hidden.unflatten(0, (first.shape[0], -1))
+
+
+def _groups(hidden: Tensor, second: Tensor) -> Tensor:
+    """(m, N) -> (G, m/G, N), a view: what block q of the second factor takes."""
+    return hidden.unflatten(0, (-1, second.shape[0])).transpose(0, 1)
+
+
+def _gradients(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
+    gradients = torch.empty_like(factor, memory_format=torch.contiguous_format)
+    return multiply_each(left, right, gradients)
+
+
+def _new_hidden(x: Tensor, first: Tensor) -> Tensor:
+    return x.new_empty(first.shape[0] * first.shape[1], x.shape[0])
 
 
 def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:
