@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factorlm.errors import ConfigError
-from factorlm.report.compare import RunSummary
+from factorlm.report.compare import RunSummary, seconds_of
 from factorlm.report.tables import format_power, format_tick
 from factorlm.storage import storage_errors
 
@@ -66,8 +66,8 @@ class Curve:
         return cls(
             run=run,
             num_tokens=np.array([step.num_tokens for step in run.steps], dtype=float),
-            seconds=np.cumsum([step.step_ms for step in run.steps]) / 1000,
-            loss=smooth(losses, max(1, round(SMOOTHED_SHARE * len(losses)))),
+            seconds=np.array(seconds_of(run.steps)),
+            loss=smooth(losses, smoothing_width(len(losses))),
         )
 
     def flops_at(self, num_tokens: np.ndarray) -> np.ndarray:
@@ -80,6 +80,11 @@ class Curve:
     def seconds_at(self, num_tokens: np.ndarray) -> np.ndarray:
         """Training time."""
         return np.interp(num_tokens, [0.0, *self.num_tokens], [0.0, *self.seconds])
+
+
+def smoothing_width(num_steps: int) -> int:
+    """Steps that one point of a training curve averages."""
+    return max(1, round(SMOOTHED_SHARE * num_steps))
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
