@@ -143,9 +143,7 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[RunSummary]:
     return [dataclasses.replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
-def distinct_labels(
-    names: Sequence[str], paths: Sequence[str | os.PathLike[str]]
-) -> list[str]:
+def distinct_labels(names: Sequence[str], paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """The names, or the path where another run has the same name."""
     counts = Counter(names)
     pairs = zip(names, paths, strict=True)

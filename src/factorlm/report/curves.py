@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,10 +45,9 @@ def thin(values: np.ndarray, max_points: int) -> np.ndarray:
         return np.arange(len(values))
     ranked = np.where(np.isfinite(values), values, np.inf)
     edges = np.linspace(1, len(values) - 1, max_points // 2, dtype=int)
-    stretches = zip(edges, edges[1:], strict=False)
     extremes = [
         start + find(ranked[start:stop])
-        for start, stop in stretches
+        for start, stop in itertools.pairwise(edges)
         for find in (np.argmin, np.argmax)
     ]
     return np.unique([0, *extremes, len(values) - 1])

@@ -35,7 +35,7 @@ def _structure(config: dict[str, Any]) -> str:
     section = dict(config.get("structure", {}))
     rank, width = section.get("rank"), _stated(config).get("hidden_size")
     if isinstance(rank, int) and isinstance(width, int) and width > 0:
-        section["rank"] = f"{rank / width:.0%} of the width"
+        section["rank"] = f"{rank / width:.0%} of width"
     return structure_label(section)
 
 
@@ -58,10 +58,8 @@ def _optimizer(config: dict[str, Any]) -> str:
 
 def _attention(config: dict[str, Any]) -> str:
     """``attention 50% wide`` where the recipe states another width than the model's."""
-    stated = _stated(config)
-    sizes = [stated.get(name) for name in ("head_dim", "num_attention_heads", "hidden_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        return ""
-    head_dim, num_heads, hidden_size = sizes
-    share = head_dim * num_heads / hidden_size
-    return "" if share == 1 else f"attention {share:.0%} wide"
+    names = ("head_dim", "num_attention_heads", "hidden_size")
+    sizes = [_stated(config).get(name) for name in names]
+    head_dim, num_heads, hidden_size = (size if isinstance(size, int) else 0 for size in sizes)
+    share = head_dim * num_heads / hidden_size if hidden_size else 0
+    return "" if share in (0, 1) else f"attention {share:.0%} wide"

@@ -129,7 +129,7 @@ def _draw_losses(curves: Sequence[Curve]) -> Figure:
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.08})
-    unit, unit_seconds = _time_unit(max(curve.seconds[-1] for curve in curves))
+    unit, unit_seconds = time_unit(max(curve.seconds[-1] for curve in curves))
     for index, curve in enumerate(curves):
         color = COLORS[index % len(COLORS)]
         xs = (np.asarray, curve.flops_at, lambda n, c=curve: c.seconds_at(n) / unit_seconds)
@@ -188,7 +188,8 @@ def _legend(figure: Figure, curves: Sequence[Curve]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
-def _time_unit(seconds: float) -> tuple[str, float]:
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit of an axis that goes to ``seconds``, and its length in seconds."""
     for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return unit, size

@@ -15,9 +15,10 @@ import factorlm
 from factorlm.config import check
 from factorlm.errors import ConfigError
 from factorlm.report.benchmarks import bars_table, benchmark_table, benchmark_title
-from factorlm.report.compare import METRICS, comparison_notes
+from factorlm.report.compare import METRICS
 from factorlm.report.facts import (
     differences,
+    flat,
     hardware_label,
     recipe_file,
     recipe_yaml,
@@ -25,6 +26,7 @@ from factorlm.report.facts import (
 )
 from factorlm.report.gather import MAX_MONITORED, Report, ReportRun
 from factorlm.report.payload import ScalingCurve, page_json, speed_panels
+from factorlm.report.tables import format_seconds
 from factorlm.storage import atomic_write_text
 
 ASSETS = resources.files("factorlm.report") / "assets"
@@ -32,6 +34,9 @@ SCRIPTS = ("common.js", "charts.js", "tables.js")
 SUFFIXES = (".html", ".htm")
 NUM_COLORS = 7
 """Series colours that page.css has; further families are dashed."""
+PLURALS = {"family": "families"}
+FIRST_COLUMNS = ("best_validation_loss", "perplexity", "bits_per_byte")
+"""What a reader looks for; the other metrics follow in their own order."""
 UNITS = {
     "best_validation_loss": "nats per token",
     "last_validation_loss": "nats per token",
@@ -49,9 +54,14 @@ def write_page(
     missing, and ``StorageError`` where the file cannot be written.
     """
     path = Path(path)
-    check(path.suffix in SUFFIXES, f"{path}: the name of a page must end in {SUFFIXES[0]}")
+    check_page_name(path)
     atomic_write_text(path, render_page(report, laws))
     return path
+
+
+def check_page_name(path: Path) -> None:
+    """Raise ``ConfigError`` unless ``path`` names a page: so no records are written over."""
+    check(path.suffix in SUFFIXES, f"{path}: the name of a page must end in {SUFFIXES[0]}")
 
 
 def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
@@ -77,9 +87,15 @@ def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
         columns=_columns(report.runs),
         rows=[_row(index, run, report) for index, run in enumerate(report.runs)],
         comparisons=_differences(report.runs),
-        notes=comparison_notes([run.summary for run in report.runs]) if report.runs else [],
+        facts=_facts(report.runs),
+        notes=_notes(report.runs),
         recipes=[_recipe(run) for run in report.runs],
         monitored=[(i, run.label) for i, run in enumerate(report.runs) if run.summary.monitors],
+        most_monitored=max(
+            range(len(report.runs)),
+            key=lambda index: len(report.runs[index].summary.monitors),
+            default=None,
+        ),
         max_monitored=MAX_MONITORED,
         panels=speed_panels(report.benchmarks),
         bars=bars_table(report.benchmarks),
@@ -121,9 +137,48 @@ def _policy(scripts: Sequence[str]) -> str:
     )
 
 
+def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
+    """What the page is about, in a line a fact."""
+    known = [run for run in runs if run.metrics["best_validation_loss"] is not None]
+    facts = []
+    if known:
+        best = min(known, key=lambda run: run.metrics["best_validation_loss"] or 0.0)
+        loss = f"{best.metrics['best_validation_loss']:.4f} nats per token"
+        facts.append(("lowest validation loss", f"{loss}, {best.label} ({best.family})"))
+    if runs:
+        hardware = (hardware_label(run.summary.run.environment) for run in runs)
+        facts.append(("hardware", "; ".join(dict.fromkeys(filter(None, hardware)))))
+        seconds = sum(run.metrics["train_seconds"] or 0.0 for run in runs)
+        facts.append(("training time of all", format_seconds(seconds)))
+        unfinished = sum(not run.summary.is_finished for run in runs)
+        facts.append(("unfinished", f"{unfinished} of {len(runs)}"))
+    return [(name, text) for name, text in facts if text]
+
+
+def _notes(runs: Sequence[ReportRun]) -> list[str]:
+    """What keeps losses from being compared, and loss spikes."""
+    fields = ("data.path", "data.context_length", "data.tokenizer")
+    configs = [flat(run.summary.run.config) for run in runs]
+    values = {field: {str(config.get(field)) for config in configs} for field in fields}
+    notes = [
+        f"{field} differs, so losses cannot be compared between all runs: {', '.join(sorted(v))}"
+        for field, v in values.items()
+        if len(v) > 1
+    ]
+    spiked = [f"{run.label} ({len(run.summary.spikes)})" for run in runs if run.summary.spikes]
+    return notes + ([f"Loss spikes: {', '.join(spiked)}"] if spiked else [])
+
+
 def _title(report: Report) -> str:
-    counts = ((len(report.runs), "run"), (len(report.benchmarks), "benchmark"))
-    return ", ".join(f"{n:,} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+    counts = (
+        (len(report.runs), "training run"),
+        (len(report.families), "family"),
+        (len(report.benchmarks), "benchmark"),
+    )
+    texts = [
+        f"{n:,} {word if n == 1 else PLURALS.get(word, word + 's')}" for n, word in counts if n
+    ]
+    return ", ".join(texts)
 
 
 def _families(report: Report) -> list[dict[str, Any]]:
@@ -149,7 +204,7 @@ def _columns(runs: Sequence[ReportRun]) -> list[dict[str, str]]:
     """The metrics that at least one run has."""
     return [
         {"key": metric.key, "title": metric.title, "unit": UNITS.get(metric.key, "")}
-        for metric in METRICS
+        for metric in sorted(METRICS, key=lambda metric: metric.key not in FIRST_COLUMNS)
         if any(run.metrics[metric.key] is not None for run in runs)
     ]
 
@@ -180,7 +235,7 @@ def _differences(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
     records = [run.summary.run for run in runs]
     found = []
     for title, values in (
-        ("Recipes", [record.config for record in records]),
+        ("Recipes", [{**record.config, "name": ""} for record in records]),
         ("Environments", [record.environment for record in records]),
     ):
         fields = differences(values)

@@ -50,7 +50,10 @@ def speed_groups(
 
 
 def check_lines(records: Sequence[BenchmarkRecord]) -> None:
+    """Raise ``ConfigError`` unless one panel can show ``records``: a setting of ``AXES`` varies,
+    and the other has few enough values for a style of line each."""
     axis = axis_of(records)
+    check(axis is not None, "nothing to draw: neither the tokens nor the width vary")
     assert axis is not None
     count = len({other_of(record, axis) for record in records})
     (other,) = (name.removeprefix("num_") for name in AXES if name != axis)
@@ -64,6 +67,7 @@ def _group(record: BenchmarkRecord) -> tuple[str, ...]:
 
 
 def value_of(record: BenchmarkRecord, axis: str) -> float:
+    """Of the setting ``axis``, a key of ``AXES``; 0 where the benchmark has no such setting."""
     if axis == "width" and "shape" in record.settings:
         return float(record.settings["shape"][0])
     return float(record.settings.get(axis, 0))
@@ -89,7 +93,7 @@ def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure
             chosen = [record for record in records if other_of(record, axis) == other]
             _draw_cases(latency, speedup, chosen, axis, style)
         latency.set(ylabel="latency (ms)", yscale="log")
-        latency.setgroup_title(group_title(key, axis, others), loc="left")
+        latency.set_title(group_title(key, axis, others), loc="left")
         speedup.set(ylabel="speed-up over dense")
         speedup.axhline(1.0, color="#888888", lw=1)
         for axes in (latency, speedup):

@@ -2,7 +2,7 @@
 
 const AXES = {
   num_tokens: { title: "tokens", exponentformat: "B" },
-  training_flops: { title: "training FLOPs (papers' convention)", exponentformat: "power" },
+  training_flops: { title: "FLOPs, papers' convention", exponentformat: "power" },
   executed_flops: { title: "FLOPs as run", exponentformat: "power" },
   seconds: { title: "training time" },
 };
@@ -41,8 +41,7 @@ addChart("curves", () => {
         + `${x === "seconds" ? unit : AXES[x].title}<br>step %{customdata:,}<extra></extra>`,
     };
   });
-  say("curves-missing", runs.length - known.length,
-    `no ${loss === "validation" ? "evaluation" : "step"} with ${AXES[x].title}`);
+  say("curves-missing", runs.length - known.length, "nothing was recorded for this choice");
   const { title, ...rest } = AXES[x];
   return {
     traces,

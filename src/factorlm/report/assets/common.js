@@ -6,10 +6,12 @@ const data = JSON.parse($("report-data").textContent);
 const COLUMNS = ["step", "num_tokens", "training_flops", "executed_flops", "seconds", "loss", "smoothed"];
 const NUM_COLORS = 7;
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+const isTouch = matchMedia("(pointer: coarse)").matches;
 const CONFIG = {
   responsive: true,
   displaylogo: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  displayModeBar: isTouch ? false : "hover",
+  modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]],
   toImageButtonOptions: { format: "svg" },
 };
 
@@ -75,13 +77,14 @@ function themed(layout) {
   return {
     margin: { l: 56, r: 12, t: 30, b: 48 },
     hovermode: "closest",
-    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    dragmode: isTouch ? false : "zoom",
     showlegend: false,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: css("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
     hoverlabel: { align: "left", namelength: -1, bgcolor: css("--page"), bordercolor: line,
       font: { color: css("--text") } },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--quiet"), activecolor: css("--text") },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     ...layout,
     xaxis: { ...axis, ...layout.xaxis },
