@@ -10,12 +10,12 @@ from factorlm.report.compare import (
     read_runs,
 )
 from factorlm.report.figures import plot_losses
-from factorlm.report.gather import Report, ReportRun, gather
 from factorlm.report.markdown import report_markdown
 from factorlm.report.monitors import plot_monitors
 from factorlm.report.page import write_page
 from factorlm.report.paper import write_figures
 from factorlm.report.payload import ScalingCurve
+from factorlm.report.reading import Report, ReportRun, gather
 from factorlm.report.tables import Table
 
 __all__ = [

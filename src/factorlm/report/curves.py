@@ -53,24 +53,24 @@ def thin(values: np.ndarray, max_points: int) -> np.ndarray:
     return np.unique([0, *extremes, len(values) - 1])
 
 
-def training_curve(run: RunSummary, max_points: int) -> tuple[LossCurve, np.ndarray]:
-    """The thinned curve of the training loss, and the indices of its steps."""
-    loss = np.array([step.loss for step in run.steps], dtype=float)
+def loss_curves(run: RunSummary, max_points: int) -> tuple[LossCurve, LossCurve, np.ndarray]:
+    """Training and validation, each of at most ``max_points``, and the steps that training kept,
+    as indices. An evaluation at a step without a record lies in line with its neighbours."""
     axes = _axes(run)
+    loss = np.array([step.loss for step in run.steps], dtype=float)
+    smoothed = smooth(loss, smoothing_width(len(loss)))
     kept = thin(loss, max_points)
     points = {name: values[kept] for name, values in axes.items()}
-    smoothed = smooth(loss, smoothing_width(len(loss)))
-    return LossCurve(loss=loss[kept], smoothed=smoothed[kept], **points), kept
+    training = LossCurve(loss=loss[kept], smoothed=smoothed[kept], **points)
+    return training, _validation_curve(run, axes, max_points), kept
 
 
-def validation_curve(run: RunSummary, max_points: int) -> LossCurve:
-    """The evaluations on the way; at a step that was not recorded, in line with its neighbours."""
+def _validation_curve(run: RunSummary, axes: dict[str, np.ndarray], max_points: int) -> LossCurve:
     loss = np.array([record.loss for record in run.curve], dtype=float)
     kept = thin(loss, max_points)
     evals = [run.curve[index] for index in kept]
     tokens = np.array([record.num_tokens for record in evals], dtype=float)
-    known = _axes(run)
-    at = {name: _at(tokens, known["num_tokens"], values) for name, values in known.items()}
+    at = {name: _at(tokens, axes["num_tokens"], values) for name, values in axes.items()}
     at |= {"num_tokens": tokens, "step": _steps(evals)}
     return LossCurve(loss=loss[kept], smoothed=loss[kept], **at)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from factorlm.report.benchmarks import benchmark_table, benchmark_title
 from factorlm.report.compare import METRICS, UNFINISHED
 from factorlm.report.facts import hardware_label
-from factorlm.report.gather import Report, ReportRun
+from factorlm.report.reading import Report, ReportRun
 from factorlm.report.tables import Table
 
 

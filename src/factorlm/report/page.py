@@ -24,8 +24,8 @@ from factorlm.report.facts import (
     recipe_yaml,
     reproduce_commands,
 )
-from factorlm.report.gather import MAX_MONITORED, Report, ReportRun
 from factorlm.report.payload import ScalingCurve, page_json, speed_panels
+from factorlm.report.reading import MAX_MONITORED, Report, ReportRun
 from factorlm.report.tables import format_seconds
 from factorlm.storage import atomic_write_text
 
@@ -254,5 +254,5 @@ def _recipe(run: ReportRun) -> dict[str, Any]:
         "commands": reproduce_commands(record),
         "is_dirty": str(record.environment.get("commit") or "").endswith("-dirty"),
         "has_commit": bool(record.environment.get("commit")),
-        "environment": record.environment,
+        "environment": ", ".join(f"{k} {v}" for k, v in flat(record.environment).items()),
     }

@@ -14,9 +14,9 @@ from factorlm.errors import ConfigError
 from factorlm.records import BenchmarkRecord
 from factorlm.report.curves import LossCurve
 from factorlm.report.figures import COLORS, LEGEND_CHARACTERS, save_picture, time_unit
-from factorlm.report.gather import Report, ReportRun
 from factorlm.report.monitors import plot_monitors
 from factorlm.report.payload import ScalingCurve
+from factorlm.report.reading import Report, ReportRun
 from factorlm.report.speed import check_lines, plot_speed, speed_groups
 from factorlm.report.tables import format_power
 from factorlm.storage import storage_errors

@@ -14,8 +14,8 @@ import numpy as np
 from factorlm.records import BenchmarkRecord
 from factorlm.report.compare import RunSummary
 from factorlm.report.curves import LossCurve
-from factorlm.report.gather import Report, ReportRun
 from factorlm.report.monitors import panels_of
+from factorlm.report.reading import Report, ReportRun
 from factorlm.report.speed import AXES, axis_of, other_of, speed_groups, value_of
 from factorlm.report.tables import format_tick
 

@@ -29,11 +29,13 @@ addChart("curves", () => {
   const [size, unit] = x === "seconds" ? timeUnit(runs) : [1, ""];
   const curve = (run) => columns(loss === "validation" ? run.validation : run.training);
   const known = runs.filter((run) => curve(run)[x].some(Number.isFinite));
+  // A marker is an element of the page: many would make it slow, and say nothing on a long line.
+  const total = known.reduce((sum, run) => sum + curve(run).step.length, 0);
   const traces = known.map((run) => {
     const found = curve(run);
-    const isShort = found.step.length <= 60;
+    const isPoint = found.step.length === 1;
     return {
-      type: "scatter", mode: isShort ? "lines+markers" : "lines", name: plain(run.label), meta: run.label,
+      type: "scatter", mode: isPoint ? "markers" : total <= 1500 ? "lines+markers" : "lines", name: plain(run.label), meta: run.label,
       x: size === 1 ? found[x] : found[x].map((value) => value / size),
       y: loss === "smoothed" ? found.smoothed : found.loss,
       customdata: found.step, line: line(run.family), marker: { size: 5 },

@@ -33,7 +33,9 @@ function columns(curve) {
 // Plotly reads markup and references in names: a name is to be shown as it is.
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const color = (index) => css(`--series-${index % NUM_COLORS}`);
+const readColors = () => Array.from({ length: NUM_COLORS }, (_, index) => css(`--series-${index}`));
+let colors = readColors();
+const color = (index) => colors[index % NUM_COLORS];
 const dashOf = (index) => DASHES[Math.floor(index / NUM_COLORS) % 3];
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 
@@ -73,9 +75,9 @@ function redraw() {
 
 function themed(layout) {
   const line = css("--line");
-  const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true };
+  const axis = { gridcolor: line, linecolor: line, zeroline: false };
   return {
-    margin: { l: 56, r: 12, t: 30, b: 48 },
+    margin: { l: 64, r: 12, t: 30, b: 48 },
     hovermode: "closest",
     dragmode: isTouch ? false : "zoom",
     showlegend: false,
@@ -115,4 +117,7 @@ function walkable(node, readout) {
 const format = (value) => (Math.abs(value) >= 1e12 ? value.toExponential(3)
   : Number(Number(value).toPrecision(6)).toLocaleString("en"));
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  colors = readColors();
+  redraw();
+});

@@ -12,7 +12,7 @@ from typing import TypeVar
 from factorlm.errors import DataError, did_you_mean
 from factorlm.records import RECORDS_FILE, BenchmarkRecord, RecordFile
 from factorlm.report.compare import METRICS, RunSummary, distinct_labels, finite, summarize
-from factorlm.report.curves import LossCurve, training_curve, validation_curve
+from factorlm.report.curves import LossCurve, loss_curves
 from factorlm.report.families import family_labels
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ def _read(path: Path, max_points: int) -> tuple[ReportRun | None, list[Benchmark
 
 
 def _thinned(summary: RunSummary, path: Path, max_points: int) -> ReportRun:
-    training, kept = training_curve(summary, max_points)
+    training, validation, kept = loss_curves(summary, max_points)
     steps = tuple(summary.steps[index] for index in kept)
     return ReportRun(
         label=summary.label,
@@ -142,7 +142,7 @@ def _thinned(summary: RunSummary, path: Path, max_points: int) -> ReportRun:
         metrics={metric.key: finite(metric.value(summary)) for metric in METRICS},
         num_steps_done=summary.steps[-1].step,
         training=training,
-        validation=validation_curve(summary, max_points),
+        validation=validation,
     )
 
 
