@@ -32,10 +32,10 @@ def hardware_label(environment: Mapping[str, Any]) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values; lists are values."""
+    """Dotted names to values; lists are values, and an empty section is none."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value

@@ -115,7 +115,7 @@ function walkable(node, readout) {
 }
 
 const format = (value) => (Math.abs(value) >= 1e12 ? value.toExponential(3)
-  : Number(Number(value).toPrecision(6)).toLocaleString("en"));
+  : Number(Number(value).toPrecision(6)).toLocaleString("en", { maximumFractionDigits: 9 }));
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   colors = readColors();
