@@ -42,7 +42,7 @@ def test_all_of_it_where_torch_cannot_be_imported(tmp_path: Path) -> None:
         "speed.svg",
     }
     assert "| demo_dense | dense |" in done.stdout
-    assert "report.html: 2 runs, 104 benchmarks, " in done.stderr
+    assert "report.html: 2 training runs, 2 families, 104 benchmarks (" in done.stderr
 
 
 def test_report_html_is_the_default(
@@ -52,7 +52,7 @@ def test_report_html_is_the_default(
     assert main(["report", str(tiny_run.path)]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("report.html: 1 runs, 0 benchmarks, ")
+    assert err.startswith("report.html: 1 training run, 1 family (")
     assert "tiny" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def test_refusals_write_nothing(
     records = tiny_run.path / "records.jsonl"
     for arguments, code, message in (
         ([str(tiny_run.path) + "x"], 4, "tinyx: no such file or folder. Did you mean 'tiny'?"),
-        ([str(tmp_path)], 0, "page.html: 1 runs"),
+        ([str(tmp_path)], 0, "page.html: 1 training run"),
         ([str(tiny_run.path / "model")], 4, "no records in it: no file below it ends in .jsonl"),
     ):
         assert main(["report", *arguments, "-o", str(page)]) == code

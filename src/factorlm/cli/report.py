@@ -70,5 +70,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _said(report: Report, page: Path) -> str:
+    from factorlm.report.page import title_of
+
     size = page.stat().st_size / 1e6
-    return f"{page}: {len(report.runs)} runs, {len(report.benchmarks)} benchmarks, {size:.1f} MB"
+    return f"{page}: {title_of(report)} ({size:.1f} MB)"

@@ -76,7 +76,7 @@ def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
         undefined=jinja2.StrictUndefined,
     )
     text: str = environment.get_template("page.html").render(
-        title=_title(report),
+        title=title_of(report),
         version=factorlm.__version__,
         policy=_policy([plotly, own]),
         css=_asset("page.css"),
@@ -169,7 +169,8 @@ def _notes(runs: Sequence[ReportRun]) -> list[str]:
     return notes + ([f"Loss spikes: {', '.join(spiked)}"] if spiked else [])
 
 
-def _title(report: Report) -> str:
+def title_of(report: Report) -> str:
+    """What it is a report of: ``60 training runs, 18 families``."""
     counts = (
         (len(report.runs), "training run"),
         (len(report.families), "family"),
