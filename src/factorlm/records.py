@@ -256,7 +256,10 @@ class RecordFile:
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if number == len(lines):
                     return
-                raise DataError(f"{self.path}:{number}: not a record: {error!r}") from None
+                raise DataError(
+                    f"{self.path}:{number}: not a record, which is a JSON object with type, "
+                    f"format_version and the fields of its type: {error!r}"
+                ) from None
             if record is not None:
                 yield record
 

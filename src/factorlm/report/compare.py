@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +78,7 @@ class RunSummary:
     @property
     def train_seconds(self) -> float:
         """Time of all steps; evaluation and saving left out."""
-        return sum(step.step_ms for step in self.steps) / 1000
+        return seconds_of(self.steps)[-1]
 
     @property
     def train_tokens_per_second(self) -> float:
@@ -109,11 +111,18 @@ def read_run(path: str | os.PathLike[str]) -> RunSummary:
 
     Raises ``DataError`` if there is no such run, or it has no step yet.
     """
-    records = list(RecordFile(_records_path(Path(path))))
+    run = summarize(list(RecordFile(_records_path(Path(path)))))
+    if run is None:
+        raise DataError(f"{path}: its records hold no training step yet")
+    return run
+
+
+def summarize(records: Sequence[Record]) -> RunSummary | None:
+    """What the records of one run say; None if they hold no run, or none of its steps."""
     runs = _of_type(records, RunRecord)
     steps = _of_type(records, StepRecord)
     if not runs or not steps:
-        raise DataError(f"{path}: its records hold no training step yet")
+        return None
     generations, events = _of_type(records, GenerationRecord), _of_type(records, EventRecord)
     return RunSummary(
         label=runs[-1].name,
@@ -130,11 +139,24 @@ def read_run(path: str | os.PathLike[str]) -> RunSummary:
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[RunSummary]:
     """``read_run`` of each, under labels that tell them apart."""
     runs = [read_run(path) for path in paths]
-    names = [run.label for run in runs]
-    return [
-        dataclasses.replace(run, label=os.fspath(path)) if names.count(run.label) > 1 else run
-        for run, path in zip(runs, paths, strict=True)
-    ]
+    labels = distinct_labels([run.label for run in runs], paths)
+    return [dataclasses.replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
+def distinct_labels(names: Sequence[str], paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The names, or the path where another run has the same name."""
+    counts = Counter(names)
+    pairs = zip(names, paths, strict=True)
+    return [os.fspath(path) if counts[name] > 1 else name for name, path in pairs]
+
+
+def seconds_of(steps: Sequence[StepRecord]) -> list[float]:
+    """Training time until the end of each step. Records that were thinned out leave steps out:
+    the next one that is there stands for them."""
+    before = [0, *(step.step for step in steps)]
+    gaps = (step.step - earlier for step, earlier in zip(steps, before, strict=False))
+    times = (step.step_ms * gap / 1000 for step, gap in zip(steps, gaps, strict=True))
+    return list(itertools.accumulate(times))
 
 
 def _records_path(path: Path) -> Path:
@@ -291,9 +313,9 @@ def comparison_json(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
             "num_steps_done": run.steps[-1].step,
             "num_steps": run.run.num_steps,
             "is_finished": run.is_finished,
-            **{metric.key: _finite(metric.value(run)) for metric in METRICS},
+            **{metric.key: finite(metric.value(run)) for metric in METRICS},
             "relative": {
-                metric.key: _finite(metric.relation(metric.value(run), metric.value(runs[0])))
+                metric.key: finite(metric.relation(metric.value(run), metric.value(runs[0])))
                 for metric in METRICS
             },
         }
@@ -301,7 +323,7 @@ def comparison_json(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     ]
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """None for what JSON cannot say."""
     return value if value is not None and math.isfinite(value) else None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factorlm.errors import ConfigError
-from factorlm.report.compare import RunSummary
+from factorlm.report.compare import RunSummary, seconds_of
 from factorlm.report.tables import format_power, format_tick
 from factorlm.storage import storage_errors
 
@@ -66,8 +66,8 @@ class Curve:
         return cls(
             run=run,
             num_tokens=np.array([step.num_tokens for step in run.steps], dtype=float),
-            seconds=np.cumsum([step.step_ms for step in run.steps]) / 1000,
-            loss=smooth(losses, max(1, round(SMOOTHED_SHARE * len(losses)))),
+            seconds=np.array(seconds_of(run.steps)),
+            loss=smooth(losses, smoothing_width(len(losses))),
         )
 
     def flops_at(self, num_tokens: np.ndarray) -> np.ndarray:
@@ -80,6 +80,11 @@ class Curve:
     def seconds_at(self, num_tokens: np.ndarray) -> np.ndarray:
         """Training time."""
         return np.interp(num_tokens, [0.0, *self.num_tokens], [0.0, *self.seconds])
+
+
+def smoothing_width(num_steps: int) -> int:
+    """Steps that one point of a training curve averages."""
+    return max(1, round(SMOOTHED_SHARE * num_steps))
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -124,7 +129,7 @@ def _draw_losses(curves: Sequence[Curve]) -> Figure:
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.08})
-    unit, unit_seconds = _time_unit(max(curve.seconds[-1] for curve in curves))
+    unit, unit_seconds = time_unit(max(curve.seconds[-1] for curve in curves))
     for index, curve in enumerate(curves):
         color = COLORS[index % len(COLORS)]
         xs = (np.asarray, curve.flops_at, lambda n, c=curve: c.seconds_at(n) / unit_seconds)
@@ -183,7 +188,8 @@ def _legend(figure: Figure, curves: Sequence[Curve]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
-def _time_unit(seconds: float) -> tuple[str, float]:
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit of an axis that goes to ``seconds``, and its length in seconds."""
     for unit, size in (("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return unit, size

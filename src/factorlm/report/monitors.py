@@ -59,7 +59,7 @@ def _draw(runs: Sequence[RunSummary]) -> Figure:
     linears = list(dict.fromkeys(_linear(name) for name in layers))
     dash_of = {linear: DASHES[i % len(DASHES)] for i, linear in enumerate(linears)}
     color_of = _colors(layers)
-    rows = [_panels(run) for run in runs]
+    rows = [panels_of(run) for run in runs]
     guided = [any(record.guide_alpha is not None for record in run.monitors) for run in runs]
     num_columns = max(map(len, rows)) + any(guided)
     figure = Figure(figsize=(3.6 * num_columns + 0.8, 2.7 * len(runs) + 0.7), layout="constrained")
@@ -77,7 +77,7 @@ def _draw(runs: Sequence[RunSummary]) -> Figure:
     return figure
 
 
-def _panels(run: RunSummary) -> list[Panel]:
+def panels_of(run: RunSummary) -> list[Panel]:
     """One for each place of a factor in the order of application, one for the change."""
     factors = [list(layer["factor_norms"]) for layer in run.monitors[-1].layers.values()]
     panels = []

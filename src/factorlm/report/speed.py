@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from factorlm.config import check
 from factorlm.records import BenchmarkRecord
+from factorlm.report.facts import hardware_label
 from factorlm.report.figures import COLORS, save_picture
 
 if TYPE_CHECKING:
@@ -28,20 +29,33 @@ def plot_speed(records: Sequence[BenchmarkRecord], path: str | os.PathLike[str])
     speed-ups that FLOPs or bytes allow. Raises ``ConfigError`` where neither varies, for more
     than three values of the other, for another suffix, and where matplotlib is missing.
     """
-    groups: dict[tuple[str, ...], list[BenchmarkRecord]] = {}
-    for record in records:
-        groups.setdefault(_group(record), []).append(record)
-    varying = {key: found for key, found in groups.items() if _axis(found) is not None}
+    groups = speed_groups(records)
+    varying = {key: found for key, found in groups.items() if axis_of(found) is not None}
     check(bool(varying), "nothing to draw: neither the tokens nor the width vary")
     for found in varying.values():
-        _check_lines(found)
+        check_lines(found)
     return save_picture(lambda: _draw(varying), path)
 
 
-def _check_lines(records: Sequence[BenchmarkRecord]) -> None:
-    axis = _axis(records)
+def speed_groups(
+    records: Sequence[BenchmarkRecord],
+) -> dict[tuple[str, ...], list[BenchmarkRecord]]:
+    """Records that one panel can show: of one benchmark, dtype and pass, on one hardware."""
+    groups: dict[tuple[str, ...], list[BenchmarkRecord]] = {}
+    one_machine = len({hardware_label(record.environment) for record in records}) == 1
+    for record in records:
+        machine = () if one_machine else (hardware_label(record.environment),)
+        groups.setdefault((*_group(record), *machine), []).append(record)
+    return groups
+
+
+def check_lines(records: Sequence[BenchmarkRecord]) -> None:
+    """Raise ``ConfigError`` unless one panel can show ``records``: a setting of ``AXES`` varies,
+    and the other has few enough values for a style of line each."""
+    axis = axis_of(records)
+    check(axis is not None, "nothing to draw: neither the tokens nor the width vary")
     assert axis is not None
-    count = len({_other(record, axis) for record in records})
+    count = len({other_of(record, axis) for record in records})
     (other,) = (name.removeprefix("num_") for name in AXES if name != axis)
     check(count <= len(STYLES), f"{count} values of {other}: at most {len(STYLES)} can be drawn")
 
@@ -52,15 +66,16 @@ def _group(record: BenchmarkRecord) -> tuple[str, ...]:
     return tuple(str(part) for part in parts if part is not None)
 
 
-def _value(record: BenchmarkRecord, axis: str) -> float:
+def value_of(record: BenchmarkRecord, axis: str) -> float:
+    """Of the setting ``axis``, a key of ``AXES``; 0 where the benchmark has no such setting."""
     if axis == "width" and "shape" in record.settings:
         return float(record.settings["shape"][0])
     return float(record.settings.get(axis, 0))
 
 
-def _axis(records: Sequence[BenchmarkRecord]) -> str | None:
-    """The setting with most values, if it has more than one."""
-    counts = {axis: len({_value(record, axis) for record in records}) for axis in AXES}
+def axis_of(records: Sequence[BenchmarkRecord]) -> str | None:
+    """The setting of ``AXES`` with most values, if it has more than one."""
+    counts = {axis: len({value_of(record, axis) for record in records}) for axis in AXES}
     best = max(counts, key=lambda axis: counts[axis])
     return best if counts[best] > 1 else None
 
@@ -71,14 +86,14 @@ def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure
     figure = Figure(figsize=(11, 3.8 * len(groups)), layout="constrained")
     rows = figure.subplots(len(groups), 2, squeeze=False)
     for (latency, speedup), (key, records) in zip(rows, groups.items(), strict=True):
-        axis = _axis(records)
+        axis = axis_of(records)
         assert axis is not None
-        others = sorted({_other(record, axis) for record in records})
+        others = sorted({other_of(record, axis) for record in records})
         for style, other in zip(STYLES, others, strict=False):
-            chosen = [record for record in records if _other(record, axis) == other]
+            chosen = [record for record in records if other_of(record, axis) == other]
             _draw_cases(latency, speedup, chosen, axis, style)
         latency.set(ylabel="latency (ms)", yscale="log")
-        latency.set_title(_title(key, axis, others), loc="left")
+        latency.set_title(group_title(key, axis, others), loc="left")
         speedup.set(ylabel="speed-up over dense")
         speedup.axhline(1.0, color="#888888", lw=1)
         for axes in (latency, speedup):
@@ -88,7 +103,7 @@ def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure
     return figure
 
 
-def _title(key: Sequence[str], axis: str, others: Sequence[float]) -> str:
+def group_title(key: Sequence[str], axis: str, others: Sequence[float]) -> str:
     """``kernel, fp32, forward (solid: width 768, dotted: 2048)``."""
     text = ", ".join(key)
     if len(others) == 1:
@@ -99,20 +114,20 @@ def _title(key: Sequence[str], axis: str, others: Sequence[float]) -> str:
     return f"{text} ({other}, {lines})"
 
 
-def _other(record: BenchmarkRecord, axis: str) -> float:
+def other_of(record: BenchmarkRecord, axis: str) -> float:
     """What tells lines of one case apart: the setting that is not on the axis."""
     (other,) = (name for name in AXES if name != axis)
-    return _value(record, other)
+    return value_of(record, other)
 
 
 def _draw_cases(
     latency: Axes, speedup: Axes, records: Sequence[BenchmarkRecord], axis: str, style: str
 ) -> None:
-    ordered = sorted(records, key=lambda record: _value(record, axis))
+    ordered = sorted(records, key=lambda record: value_of(record, axis))
     names = list(dict.fromkeys(name for record in ordered for name in record.cases))
     for index, name in enumerate(names):
         found = [record for record in ordered if name in record.cases]
-        x = [_value(record, axis) for record in found]
+        x = [value_of(record, axis) for record in found]
         cases = [record.cases[name] for record in found]
         look: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "ls": style, "lw": 1.6}
         label = name if style == "-" else None
