@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -25,10 +23,9 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 from factorlm.errors import CheckpointError, ConfigError
 from factorlm.hf import SelfGuidedTraining, build_causal_lm, load
-from factorlm.layers import LowRankConfig
+from factorlm.layers import BlockDenseConfig, BlockShuffleConfig, LowRankConfig, StructureConfig
 from factorlm.optim import build_optimizer
 from factorlm.surgery import attach_guides_, guided_layers
-from factorlm.testing.distributed import run_distributed
 from factorlm.testing.models import TINY_CONFIGS, tiny_input_ids
 
 MAX_STEPS, SHARE, NUM_GUIDED = 10, 0.6, 6
@@ -36,11 +33,17 @@ SEED = 4
 """Leaves the guides out of steps 1, 4 and 5, and so before and after two of the checkpoints."""
 SKIPPED = [1, 4, 5]
 GUIDED_CHECKPOINTS, PLAIN_CHECKPOINTS = [2, 4], [6, 8, 10]
+STRUCTURES: dict[str, StructureConfig] = {
+    "low_rank": LowRankConfig(rank=4),
+    "block_shuffle": BlockShuffleConfig(num_blocks=2),
+    "block_dense": BlockDenseConfig(num_blocks=2, rank=8),
+}
+every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 
-def build(family: str = "gpt2", *, seed: int = 0) -> PreTrainedModel:
+def build(structure: str = "low_rank", *, family: str = "gpt2", seed: int = 0) -> PreTrainedModel:
     """GPT-2 has what can go wrong: tied weights, biases, and dropout, which needs its RNG back."""
-    return build_causal_lm(TINY_CONFIGS[family](), LowRankConfig(rank=4), seed=seed)
+    return build_causal_lm(TINY_CONFIGS[family](), STRUCTURES[structure], seed=seed)
 
 
 def make_trainer(
@@ -143,15 +146,19 @@ def _num_different(before: list[Tensor], after: list[Tensor]) -> int:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Trainer, Probe]]:
     """Whole runs, each made once."""
-    made: dict[str, tuple[Path, Trainer, Probe]] = {}
+    made: dict[tuple[str, str], tuple[Path, Trainer, Probe]] = {}
 
-    def run(variant: str = "stochastic") -> tuple[Path, Trainer, Probe]:
-        if variant not in made:
-            folder, probe = tmp_path_factory.mktemp(variant), Probe()
-            trainer = make_trainer(folder, guidance(variant=variant), probe)
+    def run(
+        variant: str = "stochastic", structure: str = "low_rank"
+    ) -> tuple[Path, Trainer, Probe]:
+        key = (variant, structure)
+        if key not in made:
+            folder, probe = tmp_path_factory.mktemp("-".join(key)), Probe()
+            model = build(structure)
+            trainer = make_trainer(folder, guidance(variant=variant), probe, model=model)
             trainer.train()
-            made[variant] = folder, trainer, probe
-        return made[variant]
+            made[key] = folder, trainer, probe
+        return made[key]
 
     return run
 
@@ -180,9 +187,12 @@ class TestTime:
         skipped = {skipped for seen in probe.seen.values() for _, skipped in seen}
         assert skipped == {False}
 
-    def test_a_skipped_step_leaves_weight_moments_and_step_count(self, runs: Any) -> None:
+    @every_structure
+    def test_a_skipped_step_leaves_weight_moments_and_step_count(
+        self, structure: str, runs: Any
+    ) -> None:
         """AdamW's ``step``, ``exp_avg``, ``exp_avg_sq``; the other steps change all four."""
-        _, _, probe = runs()
+        _, _, probe = runs(structure=structure)
         wanted = {step: {0 if step in SKIPPED else 4} for step in range(NUM_GUIDED)}
         assert probe.changed == wanted | {step: set() for step in range(NUM_GUIDED, MAX_STEPS)}
 
@@ -200,12 +210,13 @@ class TestTime:
 
 
 class TestEnd:
-    def test_nothing_of_the_guides_is_left(self, runs: Any) -> None:
-        _, trainer, _ = runs()
+    @every_structure
+    def test_nothing_of_the_guides_is_left(self, structure: str, runs: Any) -> None:
+        _, trainer, _ = runs(structure=structure)
         model, optimizer = trainer.model, trainer.optimizer
         names = [name for name, _ in model.named_parameters()]
         assert not guided_layers(model)
-        assert names == [name for name, _ in build().named_parameters()]
+        assert names == [name for name, _ in build(structure).named_parameters()]
         assert {id(weight) for weight in optimizer.state} == {id(w) for w in model.parameters()}
         held = [weight for group in optimizer.param_groups for weight in group["params"]]
         assert sum(weight.numel() for weight in held) == sum(w.numel() for w in model.parameters())
@@ -218,11 +229,14 @@ class TestEnd:
         wanted = dict.fromkeys(GUIDED_CHECKPOINTS, num_layers) | dict.fromkeys(PLAIN_CHECKPOINTS, 0)
         assert probe.saves == wanted
 
+    @every_structure
     @pytest.mark.parametrize("step", PLAIN_CHECKPOINTS)
-    def test_what_is_saved_then_is_an_ordinary_model(self, step: int, runs: Any) -> None:
-        folder, trainer, _ = runs()
+    def test_what_is_saved_then_is_an_ordinary_model(
+        self, step: int, structure: str, runs: Any
+    ) -> None:
+        folder, trainer, _ = runs(structure=structure)
         saved = folder / f"checkpoint-{step}"
-        plain = build()
+        plain = build(structure)
         plain.save_pretrained(folder / "plain")
         files = [load_file(path / "model.safetensors") for path in (saved, folder / "plain")]
         assert list(files[0]) == list(files[1])
@@ -238,7 +252,7 @@ class TestEnd:
         assert torch.equal(logits(load(tmp_path / "checkpoint-3")), logits(trainer.model))
 
     def test_the_guides_start_as_the_loaded_layers_maps(self, tmp_path: Path) -> None:
-        build("starcoder2").save_pretrained(tmp_path)
+        build(family="starcoder2").save_pretrained(tmp_path)
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         expected = logits(model)
         make_trainer(tmp_path / "out", guidance(), model=model)
@@ -249,12 +263,13 @@ class TestEnd:
 class TestResume:
     @pytest.mark.parametrize("step", GUIDED_CHECKPOINTS + PLAIN_CHECKPOINTS[:2])
     @pytest.mark.parametrize("variant", ["stochastic", "full"])
+    @every_structure
     def test_is_bit_equal_to_the_run_that_was_not_cut(
-        self, variant: str, step: int, runs: Any, tmp_path: Path
+        self, structure: str, variant: str, step: int, runs: Any, tmp_path: Path
     ) -> None:
-        folder, whole, _ = runs(variant)
-        probe = Probe()
-        trainer = make_trainer(tmp_path, guidance(variant=variant), probe, model=build(seed=1))
+        folder, whole, _ = runs(variant, structure)
+        probe, model = Probe(), build(structure, seed=1)
+        trainer = make_trainer(tmp_path, guidance(variant=variant), probe, model=model)
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         guided = {step for step, seen in probe.seen.items() if seen}
         assert guided == set(range(step, NUM_GUIDED)), "those that are over have no guides"
@@ -390,6 +405,18 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="load_best_model_at_end=True"):
             trainer.train()
 
+    def test_deepspeed(self, tmp_path: Path) -> None:
+        """When the ``Trainer`` is made, before anything is changed, and when training begins."""
+        model = build()
+        trainer = make_trainer(tmp_path, guidance(), model=model)
+        trainer.args.deepspeed_plugin = object()
+        with pytest.raises(ConfigError, match="does not run under DeepSpeed: use DDP"):
+            trainer.train()
+        plain, arguments = build(), (trainer.args, trainer.state, trainer.control)
+        with pytest.raises(ConfigError, match="does not run under DeepSpeed: use DDP"):
+            guidance().on_init_end(*arguments, model=plain)
+        assert not guided_layers(plain)
+
     def test_a_model_without_structured_layers(self, tmp_path: Path) -> None:
         dense = build_causal_lm(TINY_CONFIGS["gpt2"]())
         with pytest.raises(ConfigError, match="no structured layer to guide"):
@@ -447,37 +474,3 @@ class TestRefusals:
         trainer = make_trainer(tmp_path / "two", guidance())
         with pytest.raises(ConfigError, match="not of one run with SelfGuidedTraining"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-
-
-def _train_replica(folder: str) -> tuple[list[str], dict[str, Tensor], dict[int, set[int]]]:
-    """What is said without DDP's search for unused parameters, and under FSDP; then a whole run."""
-    blind = make_trainer(Path(folder), guidance(), ddp_find_unused_parameters=False)
-    with pytest.raises(ConfigError) as unsearched:
-        blind.train()
-    model = fully_shard(_attached(build()), mesh=init_device_mesh("cpu", (2,)))
-    arguments = (blind.args, blind.state, blind.control)
-    with pytest.raises(ConfigError) as sharded:
-        guidance().on_train_begin(*arguments, model=model, optimizer=blind.optimizer)
-    refusals = [str(unsearched.value), str(sharded.value)]
-    probe = Probe()
-    trainer = make_trainer(Path(folder), guidance(), probe, model=build("llama"), batch=2)
-    trainer.train()
-    assert trainer.model_wrapped is not trainer.model
-    return refusals, weights(trainer.model), probe.changed
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    """Under DDP, with a model that has no dropout."""
-    probe = Probe()
-    trainer = make_trainer(tmp_path / "one", guidance(), probe, model=build("llama"))
-    trainer.train()
-    ranks = run_distributed(_train_replica, 2, str(tmp_path / "two"))
-    for refusals, found, changed in ranks:
-        assert "ddp_find_unused_parameters must be True" in refusals[0]
-        assert "does not run under the Trainer's FSDP" in refusals[1]
-        assert changed == probe.changed
-        assert_same(found, ranks[0][1])
-        for name, tensor in weights(trainer.model).items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
-    assert_same(weights(load(tmp_path / "two" / "checkpoint-10")), ranks[0][1])

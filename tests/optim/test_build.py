@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from factorlm.errors import ConfigError
 from factorlm.layers import BlockDenseConfig, BlockShuffleConfig, LowRankConfig, StructureConfig
-from factorlm.optim import FactorOptimizer, build_optimizer, release_
-from factorlm.optim.multipliers import factor_multipliers
+from factorlm.optim import FactorOptimizer, adamw, build_optimizer, factor_multipliers, release_
 from factorlm.surgery import factorize_
 from factorlm.surgery.guides import attach_guides_, detach_guides_
 from factorlm.testing.models import HIDDEN_SIZE, TINY_CONFIGS, tiny_input_ids, tiny_model
@@ -205,6 +204,25 @@ def test_decay_does_not_see_the_multiplier() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_model_without_decoder_layers_has_its_structured_linears(name: str) -> None:
+    layer = STRUCTURES[name].build(16, 32)
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(32, 2)})
+    found = by_name(build(model, factor_rates="structure_aware"), "rate_multiplier")
+    first, second = (f"layer.{factor.name}" for factor in layer.factors)
+    assert (found.pop(first), found.pop(second)) == factor_multipliers(STRUCTURES[name], 16, 32)
+    assert set(found.values()) == {1.0}
+    rules = by_name(build(model, kind="spectron"), "rule")
+    assert {key for key, rule in rules.items() if rule == "spectron"} == {first, second}
+    assert rules["head.weight"] == "adamw"
+
+
+def test_adamw_is_not_fused_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(group["fused"] for group in build(structured()).param_groups)
+    monkeypatch.setattr(adamw, "_FUSED_DEVICES", ("cuda",))
+    assert not any(group["fused"] for group in build(structured()).param_groups)
+
+
 class Plain(nn.Module):
     """No decoder layers, no config."""
 
@@ -236,6 +254,10 @@ class Plain(nn.Module):
             "base_width=0 must be at least 1",
         ),
         ({"kind": "muon"}, "optimizer.kind='muon': no trainable weight of attention or FFN"),
+        (
+            {"factor_rates": "structure_aware"},
+            "factor_rates='structure_aware': no trainable .* all",
+        ),
     ],
 )
 def test_what_it_refuses(options: dict[str, Any], message: str) -> None:

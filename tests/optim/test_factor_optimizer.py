@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def all_rules() -> FactorOptimizer:
+def all_rules(device: str = "cpu") -> FactorOptimizer:
     """Pairs of factors, of blocks and plain, matrices, vectors; each group by another rule."""
     shapes = {
         "spectron": [(2, 3, 4), (2, 5, 3)],
@@ -32,7 +32,9 @@ def all_rules() -> FactorOptimizer:
     }
     groups = [
         {
-            "params": [nn.Parameter(draw(shape, 7 + i)) for i, shape in enumerate(found)],
+            "params": [
+                nn.Parameter(draw(shape, 7 + i).to(device)) for i, shape in enumerate(found)
+            ],
             "names": [f"{rule}.{i}" for i in range(len(found))],
             "rule": rule,
         }
@@ -48,7 +50,7 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def train(optimizer: FactorOptimizer, steps: range) -> None:
     for step in steps:
         for index, parameter in enumerate(parameters(optimizer)):
-            parameter.grad = draw(tuple(parameter.shape), 100 * step + index)
+            parameter.grad = draw(tuple(parameter.shape), 100 * step + index).to(parameter)
         optimizer.step()
 
 
@@ -145,7 +147,11 @@ class NoSync(TorchDispatchMode):
     ) -> Any:
         assert "_local_scalar_dense" not in str(func)
         assert "nonzero" not in str(func)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if "copy" in str(func):
+            tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
+            assert len({tensor.device for tensor in tensors}) == 1, f"{func} between devices"
+        return result
 
 
 def test_no_step_waits_for_the_device() -> None:
@@ -153,6 +159,28 @@ def test_no_step_waits_for_the_device() -> None:
     train(optimizer, range(1))
     with NoSync(), pytest.raises(AssertionError):
         torch.zeros(()).item()
+    with NoSync():
+        optimizer.step()
+
+
+HOST_READS: list[Callable[[Tensor], Any]] = [
+    lambda tensor: tensor.cpu(),
+    lambda tensor: tensor.tolist(),
+    lambda tensor: tensor.numpy(),
+    lambda tensor: float(tensor.sum()),
+    lambda tensor: torch.zeros(2).copy_(tensor),
+]
+
+
+def test_no_step_copies_from_or_to_the_device() -> None:
+    """On meta, which has no values that the host could read. Its first step may send vectors."""
+    optimizer = all_rules("meta")
+    train(optimizer, range(1))
+    for read in HOST_READS:
+        with NoSync(), pytest.raises((AssertionError, RuntimeError, TypeError)):
+            read(torch.zeros(2, device="meta"))
+    with NoSync(), pytest.raises(AssertionError, match="between devices"):
+        torch.zeros(2).to("meta")
     with NoSync():
         optimizer.step()
 

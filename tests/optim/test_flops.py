@@ -12,6 +12,8 @@ from factorlm.optim import build_optimizer, guide_optimizer_flops, optimizer_flo
 from factorlm.surgery import factorize_
 from factorlm.surgery.guides import attach_guides_
 from factorlm.testing.models import tiny_model
+from factorlm.train.config import BatchSection, ModelSection, OptimizerSection, TrainConfig
+from factorlm.train.describe import describe
 
 STRUCTURES: list[StructureConfig | None] = [
     None,
@@ -49,6 +51,26 @@ def test_a_step_of_lora_muon_takes_what_pytorch_counts() -> None:
     model = tiny_model("llama")
     factorize_(model, LowRankConfig(rank=8))
     assert optimizer_flops(model, "lora_muon") == counted(model, "lora_muon")
+
+
+@pytest.mark.parametrize("structure", STRUCTURES[2:], ids=str)
+def test_lora_muon_on_blocks_is_refused_by_name_also_in_a_description(
+    structure: StructureConfig,
+) -> None:
+    message = r"shape=\(\d, \d+, \d+\) of a group with rule='lora_muon' must be a matrix"
+    model = tiny_model("llama", device="meta")
+    factorize_(model, structure)
+    with pytest.raises(ConfigError, match=message):
+        optimizer_flops(model, "lora_muon")
+    config = TrainConfig(
+        name="blocks",
+        model=ModelSection(preset="gpt_nano", vocab_size=256),
+        structure={"structure": structure.kind, **structure.to_dict()},
+        optimizer=OptimizerSection(kind="lora_muon"),
+        batch=BatchSection(num_steps=2),
+    )
+    with pytest.raises(ConfigError, match=message):
+        describe(config)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "spectron"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from factorlm.layers import (
     StructureConfig,
     StructuredLinear,
 )
-from factorlm.optim import FactorOptimizer
+from factorlm.optim import FactorOptimizer, newton_schulz
 from factorlm.optim.spectral import START_STEPS, power_step, power_steps, start_vectors
 from factorlm.optim.spectron import bounded_rate, spectral_norm
 
@@ -54,11 +55,18 @@ def polar(matrix: Tensor) -> Tensor:
     return left @ right
 
 
+DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "polar": polar,
+    "newton_schulz": lambda gradient: newton_schulz(gradient) / 1.203,
+}
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("limit", [1e-4, 0.3, 3.0])
-def test_the_product_moves_at_most_the_limit_with_exact_parts(
-    name: str, sizes: tuple[int, int], limit: float
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_product_moves_at_most_the_limit_with_exact_norms(
+    direction: str, name: str, sizes: tuple[int, int], limit: float
 ) -> None:
     for seed in range(5):
         layer = random_layer(STRUCTURES[name], sizes, seed)
@@ -70,7 +78,7 @@ def test_the_product_moves_at_most_the_limit_with_exact_parts(
         with torch.no_grad():
             for factor in pair:
                 assert factor.grad is not None
-                factor -= rate * polar(factor.grad)
+                factor -= rate * DIRECTIONS[direction](factor.grad)
         moved = largest(layer.to_dense() - before)
         assert 0.2 * limit < moved <= limit * (1 + 1e-12)
 

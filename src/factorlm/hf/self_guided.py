@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any, final, get_args
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -24,6 +26,9 @@ from factorlm.surgery import (
     update_block,
 )
 from factorlm.surgery.block import GUIDED
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Where DDP looks up what a model leaves out of it."""
 
 
 @final
@@ -50,13 +55,16 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
         form: ``SelfGuidedLinear``'s, how a guided pass is computed.
         seed: of the choice of these steps, which is the same in all processes.
 
-    It runs on one device, and on several under DDP with ``ddp_find_unused_parameters`` (the
-    ``Trainer``'s default, except under gradient checkpointing). There, memory of the size of the
-    guides stays in DDP's communication buckets to the end.
+    It runs on one device, and on several under DDP. DDP ignores the guides, so that nothing of
+    them stays in its buckets and a skipped step is not waited for; their gradients are averaged as
+    they come, so every process has to run every guided layer in a step. Only the guides that a
+    ``model_init`` attaches are left to DDP, which then needs ``ddp_find_unused_parameters`` and
+    keeps memory of their size to the end.
 
-    Raises ``ConfigError`` for values out of range and, when training begins, for what it cannot
-    run with: ``load_best_model_at_end``, FSDP, DDP without that setting, an optimizer that does
-    not hold the guides, and a checkpoint of another schedule.
+    Raises ``ConfigError`` for values out of range, when the ``Trainer`` is made for DeepSpeed and,
+    when training begins, for what else it cannot run with: ``load_best_model_at_end``, FSDP, DDP
+    without that setting where it is needed, an optimizer that does not hold the guides, and a
+    checkpoint of another schedule.
     """
 
     def __init__(
@@ -93,14 +101,15 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
         **others: object,
     ) -> None:
         """Attach the guides, where the user has not."""
-        if guided_layers(model):
-            return
-        check(
-            optimizer is None,
-            "the optimizer was made before there were guides: call attach_guides_(model), and make "
-            "the optimizer after that",
-        )
-        attach_guides_(model, form=self.form)
+        _check_engine(args)
+        if not guided_layers(model):
+            check(
+                optimizer is None,
+                "the optimizer was made before there were guides: call attach_guides_(model), and "
+                "make the optimizer after that",
+            )
+            attach_guides_(model, form=self.form)
+        _hide_from_ddp(model)
 
     def on_train_begin(
         self,
@@ -124,6 +133,8 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
             return
         _check_attached(model, optimizer)
         _allow_saving(model)
+        if args.parallel_mode == ParallelMode.DISTRIBUTED and _is_hidden(model):
+            _replicate(model, optimizer)
         self._start_step(model, state.global_step)
 
     def on_step_begin(
@@ -168,7 +179,47 @@ def _end(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         weight.data = weight.data.new_empty(0)
 
 
+def _hide_from_ddp(model: nn.Module) -> None:
+    """Make DDP, which is to wrap ``model``, neither broadcast the guides nor reduce their
+    gradients."""
+    names = [f"{name}.{own}" for name in guided_layers(model) for own in ("guide.weight", "alpha")]
+    names += vars(model).get(_IGNORED, [])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def _is_hidden(model: nn.Module) -> bool:
+    """Whether ``_hide_from_ddp`` saw this model; it cannot see what ``train`` makes anew."""
+    return _IGNORED in vars(model)
+
+
+def _replicate(model: nn.Module, optimizer: Any) -> None:
+    """Do for the guides what DDP does for other weights: equal at first, gradients averaged.
+
+    ``optimizer`` is accelerate's, whose ``gradient_state`` says which batch ends a step.
+    """
+    for layer in guided_layers(model).values():
+        weight = layer.guide.weight
+        dist.broadcast(weight.detach(), 0)
+        weight.register_post_accumulate_grad_hook(partial(_average, optimizer.gradient_state))
+
+
+def _average(gradient_state: Any, weight: Tensor) -> None:
+    """In the backward pass, and so before the ``Trainer`` clips."""
+    if gradient_state.sync_gradients:
+        assert weight.grad is not None
+        weight.grad /= dist.get_world_size()
+        dist.all_reduce(weight.grad)
+
+
+def _check_engine(args: TrainingArguments) -> None:
+    check(
+        args.deepspeed_plugin is None,
+        "SelfGuidedTraining does not run under DeepSpeed: use DDP, or `factorlm train`",
+    )
+
+
 def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    _check_engine(args)
     check(
         not args.load_best_model_at_end,
         "load_best_model_at_end=True might load a checkpoint from while there were guides: open "
@@ -178,15 +229,15 @@ def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
         not isinstance(model, FSDPModule | FullyShardedDataParallel),
         "SelfGuidedTraining does not run under the Trainer's FSDP: use DDP, or `factorlm train`",
     )
-    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+    if args.parallel_mode != ParallelMode.DISTRIBUTED or _is_hidden(model):
         return
     finds = args.ddp_find_unused_parameters
     if finds is None:
         finds = not args.gradient_checkpointing
     check(
         finds and not args.ddp_static_graph,
-        "ddp_find_unused_parameters must be True and ddp_static_graph must not: a step without "
-        "the guides gives them no gradient",
+        "ddp_find_unused_parameters must be True and ddp_static_graph must not, where a model_init "
+        "attaches the guides: a step without them gives them no gradient",
     )
 
 

@@ -10,6 +10,7 @@ from factorlm.optim.flops import (
 )
 from factorlm.optim.guidance import GuideSchedule
 from factorlm.optim.lora_muon import LoraMuonRule
+from factorlm.optim.multipliers import factor_multipliers
 from factorlm.optim.muon import MuonRule
 from factorlm.optim.newton_schulz import newton_schulz
 from factorlm.optim.release import release_
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "SpectronRule",
     "build_optimizer",
+    "factor_multipliers",
     "guide_optimizer_flops",
     "learning_rate_at",
     "newton_schulz",

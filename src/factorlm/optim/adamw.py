@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -38,8 +38,7 @@ class AdamWRule(Rule):
         self.check(valid, "betas", betas, "must be two numbers in [0, 1)")
         self.check(eps >= 0, "eps", eps, "must be at least 0")
         if group["fused"] is None:
-            devices = {parameter.device.type for parameter in group["params"]}
-            group["fused"] = devices <= set(_FUSED_DEVICES)
+            group["fused"] = has_fused_kernel(group["params"])
 
     def update(self, group: Group, state: State) -> None:
         """One step of every parameter that has a gradient."""
@@ -66,6 +65,11 @@ class AdamWRule(Rule):
     def flops(self, shapes: Sequence[Sequence[int]]) -> int:
         """It is elementwise."""
         return 0
+
+
+def has_fused_kernel(parameters: Iterable[Tensor]) -> bool:
+    """Whether PyTorch's fused AdamW runs on the devices of all ``parameters``."""
+    return {parameter.device.type for parameter in parameters} <= set(_FUSED_DEVICES)
 
 
 def _ready(state: dict[str, Tensor], parameter: Tensor, fused: bool) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from factorlm.config import check
+from factorlm.optim.adamw import has_fused_kernel
 from factorlm.optim.factor_optimizer import FactorOptimizer
 from factorlm.optim.kinds import Kind, kind_named
 from factorlm.optim.members import Member, members
@@ -42,7 +43,8 @@ def build_optimizer(
             norms; ``all`` decays everything (the rule of arXiv 2407.09835).
         momentum: of Muon and Spectron; ``betas`` and ``eps`` are AdamW's.
         factor_rates: ``structure_aware``, with ``adamw`` only, multiplies the rate of each factor
-            by its ``factor_multipliers``.
+            by its ``factor_multipliers``. In a model without decoder layers these are the factors
+            of every structured linear in it.
         base_width: with it, the hidden size that ``learning_rate`` was tuned at: the rate of every
             hidden weight is also multiplied by base_width / hidden size.
 
@@ -57,8 +59,8 @@ def build_optimizer(
     _check_numbers(learning_rate, weight_decay, decay)
     _check_rates(kind, chosen, factor_rates, base_width)
     found = members(model)
-    _check_members(model, kind, chosen, found)
     width = width_multiplier(model, base_width)
+    _check_members(model, kind, chosen, found, factor_rates)
     options = {"betas": betas, "eps": eps, "momentum": momentum}
     groups: dict[tuple[str, float, float], Group] = {}
     for member in found:
@@ -74,7 +76,8 @@ def build_optimizer(
         return FactorOptimizer(made, lr=learning_rate)
     adamw = RULES["adamw"]
     adamw.admit(adamw.options | made[0])  # our errors come before PyTorch's
-    return torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    fused = has_fused_kernel(member.parameter for member in found) or None  # None: PyTorch's choice
+    return torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
 def _empty_group(
@@ -110,10 +113,18 @@ def _check_rates(kind: str, chosen: Kind, factor_rates: str, base_width: int | N
     )
 
 
-def _check_members(model: nn.Module, kind: str, chosen: Kind, found: list[Member]) -> None:
-    check(bool(found), f"{type(model).__name__} has no parameter to train")
+def _check_members(
+    model: nn.Module, kind: str, chosen: Kind, found: list[Member], factor_rates: str
+) -> None:
+    name = type(model).__name__
+    check(bool(found), f"{name} has no parameter to train")
     check(
         chosen.is_adamw or any(chosen.rules[member.role] != "adamw" for member in found),
         f"optimizer.kind={kind!r}: no trainable weight of attention or FFN was found in "
-        f"{type(model).__name__}; use 'adamw', or FactorOptimizer with groups of your own",
+        f"{name}; use 'adamw', or FactorOptimizer with groups of your own",
+    )
+    check(
+        factor_rates == "equal" or any(member.role != "other" for member in found),
+        f"factor_rates={factor_rates!r}: no trainable weight of attention or FFN and no factor was "
+        f"found in {name}, so all rates would be equal",
     )

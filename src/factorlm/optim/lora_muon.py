@@ -47,9 +47,7 @@ class LoraMuonRule(Rule):
         check_matrices(self, group)
         self.check(group["damping"] > 0, "damping", group["damping"], "must be above 0")
         check_pairs(self, group)
-        for parameter in group["params"]:
-            shape = tuple(parameter.shape)
-            self.check(len(shape) == 2, "shape", shape, "must be a matrix, not a stack of blocks")
+        self._check_plain([parameter.shape for parameter in group["params"]])
 
     def update(self, group: Group, state: State) -> None:
         """One step of every pair that has both gradients."""
@@ -71,12 +69,17 @@ class LoraMuonRule(Rule):
 
     def flops(self, shapes: Sequence[Sequence[int]]) -> int:
         """Newton-Schulz, a Gram matrix, its root and two products with it, for each factor."""
+        self._check_plain(shapes)
         total = 0
         for (rank, columns), (rows, _) in zip(shapes[::2], shapes[1::2], strict=True):
             products = 3 * 2 * rank * rank * (rows + columns)
             roots = 2 * ROOT_STEPS * 3 * 2 * rank**3
             total += products + roots
         return total + sum(newton_schulz_flops(shape) for shape in shapes)
+
+    def _check_plain(self, shapes: Sequence[Sequence[int]]) -> None:
+        for shape in map(tuple, shapes):
+            self.check(len(shape) == 2, "shape", shape, "must be a matrix, not a stack of blocks")
 
 
 def inverse_root(gram: Tensor, damping: float, *, steps: int = ROOT_STEPS) -> Tensor:

@@ -17,7 +17,8 @@ from factorlm.optim.multipliers import factor_multipliers
 Role = Literal["pair", "matrix", "guide", "other"]
 """``pair``: one of the two factors of a structured linear in a decoder layer; ``matrix``: another
 weight of attention or FFN, dense or a factor; ``guide``: the dense weight of a guide; ``other``:
-all else, such as embeddings, the head, norms, biases, routers and the fused weights of experts."""
+all else, such as embeddings, the head, norms, biases, routers and the fused weights of experts.
+In a model without decoder layers every structured linear counts as if it were in one."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ def _units(model: nn.Module) -> dict[int, _Unit]:
 
 
 def _hidden_linears(model: nn.Module) -> Iterator[LinearModule]:
-    """The linears of attention and FFN inside the decoder layers."""
+    """The linears of attention and FFN inside the decoder layers, or else all structured ones."""
     anatomy = anatomy_of(model)
+    if not anatomy.decoder_layers:
+        yield from (module for module in model.modules() if isinstance(module, StructuredLinear))
     for site in (*anatomy.attention_linears, *anatomy.ffn_linears):
         for module in model.get_submodule(site.name).modules():
             if is_linear(module):

@@ -14,7 +14,9 @@ def start_vectors(matrix: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = matrix.shape[:-2] + matrix.shape[-1:]
     vectors = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return _unit(vectors.to(matrix))
+    if matrix.is_cuda:
+        vectors = vectors.pin_memory()  # pageable memory is copied while the host waits
+    return _unit(vectors.to(matrix, non_blocking=True))
 
 
 def power_step(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
