@@ -205,6 +205,14 @@ def test_scaling_speed_and_monitors(page: Path, study: Path, open_page: Opener) 
     assert share["y"] == [r.guide_alpha for r in monitors if r.type == "monitor"]
 
 
+def wait_for_label(tab: Any, text: str) -> None:
+    """Plotly writes it some time after the event."""
+    tab.wait_for_function(
+        "(text) => document.querySelector('#curves .hoverlayer').textContent.includes(text)",
+        arg=text,
+    )
+
+
 def test_values_by_keyboard_and_by_pointer(page: Path, open_page: Opener, study: Path) -> None:
     tab = open_page(page)
     drawn(tab, "curves")
@@ -217,19 +225,13 @@ def test_values_by_keyboard_and_by_pointer(page: Path, open_page: Opener, study:
         f"dense-0: validation loss {evaluation.loss:.6g}, tokens {evaluation.num_tokens:,}"
     )
     assert said.get_attribute("aria-live") == "polite"
-    label = tab.locator("#curves .hoverlayer text").first
-    label.wait_for()
-    assert f"loss {evaluation.loss:.4f}" in tab.locator("#curves .hoverlayer").text_content()
+    wait_for_label(tab, f"loss {evaluation.loss:.4f}")
     tab.keyboard.press("Escape")
     point = tab.locator("#curves .scatterlayer .point").last.bounding_box()
     tab.mouse.move(point["x"] + 3, point["y"] + 3)
     low = read_run(study / "low")
     assert low.last is not None
-    expected = f"loss {low.last.loss:.4f}"
-    tab.wait_for_function(
-        "(text) => document.querySelector('#curves .hoverlayer').textContent.includes(text)",
-        arg=expected,
-    )
+    wait_for_label(tab, f"loss {low.last.loss:.4f}")
 
 
 def test_everything_is_reached_and_named_by_keyboard(page: Path, open_page: Opener) -> None:
