@@ -11,6 +11,7 @@ from factorlm.scaling.fit.crossing import Crossing
 from factorlm.scaling.fit.data import FitWarning
 from factorlm.scaling.fit.line import LineFit, fit_line
 from factorlm.scaling.fit.power_law import PowerLawFit, fit_power_law, fit_power_laws
+from factorlm.scaling.fit.slopes import SlopeDifference, slopes_over_entropy, turning_entropy
 from factorlm.scaling.fit.split import SlopeSplit
 from factorlm.scaling.fit.trust import HeldOut, bootstrap, hold_out_largest, hold_out_largest_of
 
@@ -24,6 +25,7 @@ __all__ = [
     "LineFit",
     "OptimalSize",
     "PowerLawFit",
+    "SlopeDifference",
     "SlopeSplit",
     "bootstrap",
     "compare_lines",
@@ -34,4 +36,6 @@ __all__ = [
     "fit_power_laws",
     "hold_out_largest",
     "hold_out_largest_of",
+    "slopes_over_entropy",
+    "turning_entropy",
 ]

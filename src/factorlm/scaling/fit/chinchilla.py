@@ -107,7 +107,9 @@ class ChinchillaFit:
             if high > MAX_GAMMA_RATIO * low
         ]
         if wide and self.degrees_of_freedom > 0:
-            found.append(f"the points do not identify {' and '.join(wide)} at {self.level:.0%}")
+            found.append(
+                f"the points do not identify {' and '.join(wide)} at {100 * self.level:g} %"
+            )
         return tuple(found)
 
 

@@ -36,7 +36,7 @@ class Crossing:
 
     def __str__(self) -> str:
         """``crossing at 3.1e18 FLOPs (95 %: 1.2e18 to 8.0e18)``, or why there is none."""
-        interval = f"{self.level:.0%}: {self.compute_low:.3g} to {self.compute_high:.3g}"
+        interval = f"{100 * self.level:g} %: {self.compute_low:.3g} to {self.compute_high:.3g}"
         if self.is_within:
             return f"crossing at {self.compute:.3g} FLOPs ({interval})"
         text = f"no crossing within the data, {self.data_low:.3g} to {self.data_high:.3g} FLOPs"

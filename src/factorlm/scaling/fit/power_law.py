@@ -77,7 +77,7 @@ class PowerLawFit:
         if not is_straight and self.gamma_high <= MAX_GAMMA_RATIO * self.gamma_low:
             return ()
         return (
-            f"the points do not identify E and gamma: at {self.level:.0%}, E is "
+            f"the points do not identify E and gamma: at {100 * self.level:g} %, E is "
             f"{self.E_low:.3g} to {self.E_high:.3g} and gamma {self.gamma_low:.3g} to "
             f"{self.gamma_high:.3g}. Report the straight line too, and slopes at a fixed loss",
         )
@@ -113,9 +113,7 @@ def fit_power_laws(
     checked = check_families(families, E)
     fits = fits_of(joint_fit(checked, E), list(checked), level)
     warn_user(
-        dict.fromkeys(
-            f"{name}: {text}" for name, fit in fits.items() for text in fit.warnings
-        )
+        dict.fromkeys(f"{name}: {text}" for name, fit in fits.items() for text in fit.warnings)
     )
     return fits
 

@@ -12,8 +12,8 @@ Huber, *Robust Statistics*), which costs 1 % of precision where the noise is nor
 An interval holds the values v at which fitting the other parameters anew makes the objective D no
 worse than chance would: with D(v) − D the drop, F = 2 (D(v) − D) / λ and λ = [Σψ²/(n − p)] /
 mean(ψ'), the values with F under the quantile of F(1, n − p). It is the likelihood ratio test for
-robust fits (Schrader and Hettmansperger, Biometrika 67, 1980). With no residual beyond the threshold
-it is the profile likelihood of normal noise, and on a line Student's t.
+robust fits (Schrader and Hettmansperger, Biometrika 67, 1980). With no residual beyond the
+threshold it is the profile likelihood of normal noise, and on a line Student's t.
 """
 
 from __future__ import annotations
@@ -126,6 +126,12 @@ class Law:
         high = np.repeat([largest, np.log(10 * largest), MAX_EXPONENT], [1, count, count])
         return low, high
 
+    def inside(self, theta: np.ndarray) -> np.ndarray:
+        """``theta`` or the nearest one off the bounds, from which the solver hardly gets away."""
+        low, high = self.bounds()
+        margin = np.repeat([0.02 * high[0], 0.01, 0.001], [1, self.num_terms, self.num_terms])
+        return np.clip(theta, low + margin, high - margin)
+
     def starts(self, exponents: Iterable[Sequence[float]], E: float | None) -> list[np.ndarray]:
         """The best ``NUM_STARTS``: for given exponents the rest is linear, and not negative."""
         found = [self._start(np.asarray(chosen), E) for chosen in exponents]
@@ -235,8 +241,7 @@ class Fitted:
         robust = {} if np.isinf(self.threshold) else {"loss": "huber", "f_scale": self.threshold}
         found = import_scipy().optimize.least_squares(
             lambda part: self.law.residuals(whole(part)),
-            # From a bound the solver hardly gets away.
-            np.clip(start, low + 0.02 * (high - low), high - 0.02 * (high - low))[free],
+            self.law.inside(start)[free],
             jac=jacobian,
             bounds=(low[free], high[free]),
             x_scale="jac",

@@ -100,9 +100,7 @@ def bootstrap(
     residuals = np.log(loss) - np.log(law)
     residuals *= np.sqrt(len(loss) / (len(loss) - len(names)))
     draw = np.random.default_rng(seed)
-    found = [
-        estimate(law * np.exp(draw.choice(residuals, len(loss)))) for _ in range(num_draws)
-    ]
+    found = [estimate(law * np.exp(draw.choice(residuals, len(loss)))) for _ in range(num_draws)]
     ends = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {name: (float(low), float(high)) for name, low, high in zip(names, *ends, strict=True)}
 
