@@ -17,8 +17,8 @@ structured models scale more steeply than dense ones, and puts self-guided train
 control of more tokens at equal FLOPs. It needs neither PyTorch nor a network.
 
 examples:
-  factorlm scale published
-  factorlm scale published -o figures --markdown
+  factorlm scale published -o figures
+  factorlm scale published --markdown --level 0.9
   factorlm scale published --no-plot --json
 """
 
