@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from factorlm.cli.main import command_names, main
+from factorlm.cli.main import command_names, full_names, main
 from factorlm.layers import STRUCTURES
 from factorlm.train.assemble import build_model
 from factorlm.train.config import TrainConfig
@@ -134,7 +134,8 @@ def command_lines(text: str) -> list[list[str]]:
 
 def parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """``words`` after ``factorlm``: the command gets as far as its work; its recipe is one."""
-    command = importlib.import_module(f"factorlm.cli.{words[0]}")
+    name = next(name for name in full_names() if words[: len(name.split())] == name.split())
+    command = importlib.import_module(f"factorlm.cli.{name.replace(' ', '.')}")
     calls = []
     monkeypatch.setattr(command, "run", lambda args, extra: calls.append((args, extra)) or 0)
     assert main(words) == 0, words
@@ -155,8 +156,8 @@ def shell_lines() -> list[tuple[str, list[str]]]:
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
         comments = re.sub(r"^(# ?)?", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         found += [(path.name, words) for words in command_lines(comments)]
-    for name in command_names():
-        epilog = importlib.import_module(f"factorlm.cli.{name}").EPILOG
+    for name in full_names():
+        epilog = importlib.import_module(f"factorlm.cli.{name.replace(' ', '.')}").EPILOG
         found += [(f"{name} --help", words) for words in command_lines(epilog)]
     return found
 

@@ -213,6 +213,25 @@ class BenchmarkRecord(Record):
     bars: list[BarResult] = field(default_factory=list)
 
 
+@record_type("published")
+@dataclass(frozen=True, kw_only=True)
+class PublishedRecord(Record):
+    """What others printed about one model of one size."""
+
+    table: str
+    """Where it stands: ``scaling``, ``main``, ``self-guided``, ``wide``, ..."""
+    size: str | None
+    """``s``, ``m``, ``l``, ``xl``; None where it is no model."""
+    model: str
+    values: dict[str, float]
+    """Units are in the keys."""
+    certainty: dict[str, str]
+    """Of each value. A: read exactly from a printed table; B: digitised from a figure; C: stated in
+    the text; D: a third party's transcription; K: computed by a formula that reproduces what is
+    printed."""
+    note: str = ""
+
+
 @record_type("event")
 @dataclass(frozen=True, kw_only=True)
 class EventRecord(Record):

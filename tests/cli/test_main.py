@@ -50,8 +50,12 @@ def fresh(*arguments: str, check: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_commands_are_the_files_of_the_package() -> None:
-    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
-    assert set(cli.command_names()) == {n for n in files if not n.startswith("_")} - {"main"}
+    folder = Path(cli.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")}
+    groups = {path.parent.name for path in folder.glob("*/__init__.py")}
+    files = {name for name in files if not name.startswith("_")} - {"main"}
+    assert set(cli.command_names()) == files | groups
+    assert {name.split()[0] for name in cli.full_names() if " " in name} == groups
     assert {"compare", "eval", "generate", "train"} <= set(cli.command_names())
 
 
@@ -62,13 +66,26 @@ def test_overview_is_lean_and_names_every_command() -> None:
     assert all(f"\n  {name} " in done.stdout for name in cli.command_names())
 
 
-@pytest.mark.parametrize("command", cli.command_names())
+@pytest.mark.parametrize("command", cli.full_names())
 def test_help_of_a_command_is_lean_and_has_examples(command: str) -> None:
-    done = fresh(command, "--help")
+    done = fresh(*command.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert "IMPORTED []" in done.stdout
     assert f"usage: factorlm {command}" in done.stdout
     assert f"examples:\n  factorlm {command} " in done.stdout
+
+
+def test_help_of_a_group_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["scale", "--help"]) == cli.main(["scale"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: factorlm scale <command>")
+    assert all(f"\n  {name} " in out for name in cli.command_names("scale"))
+
+
+def test_unknown_command_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["scale", "publshed"]) == ConfigError.exit_code
+    assert "unknown command 'publshed'" in (error := capsys.readouterr().err)
+    assert "Did you mean 'published'?" in error
 
 
 def test_python_m_factorlm() -> None:

@@ -5,6 +5,9 @@ Every module of this package whose name has no underscore in front, this one asi
 ``TAKES_OVERRIDES = True`` it takes ``--section.key value`` arguments, which ``run`` gets as
 ``extra``. With ``KEEPS_MEMORY = True`` freed memory is kept for the next tensor. None imports torch
 at module level, so that ``--help`` is quick.
+
+A package in place of a module is a group, ``factorlm <group> <command>``: it has a ``HELP``, and
+its modules are commands by the same rules.
 """
 
 from __future__ import annotations
@@ -49,25 +52,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
-def command_names() -> list[str]:
-    """The commands, by their files."""
-    found = (module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))
+def command_names(group: str | None = None) -> list[str]:
+    """The commands, by their files; those of one ``group``, without its name."""
+    folder = os.path.join(os.path.dirname(__file__), group or "")
+    found = (module.name for module in pkgutil.iter_modules([folder]))
     return sorted(name for name in found if name != "main" and not name.startswith("_"))
 
 
-def _run(arguments: list[str]) -> int:
+def full_names() -> list[str]:
+    """The commands as they are called, those of groups with both words."""
+    return [
+        f"{name} {command}" if command else name
+        for name in command_names()
+        for command in (command_names(name) if _is_group(name) else [""])
+    ]
+
+
+def _is_group(name: str) -> bool:
+    return os.path.isdir(os.path.join(os.path.dirname(__file__), name))
+
+
+def _run(arguments: list[str], group: str | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(_overview(group))
         return 0
-    if arguments[0] in ("-V", "--version"):
+    if arguments[0] in ("-V", "--version") and group is None:
         print(f"factorlm {factorlm.__version__}")
         return 0
-    command = arguments[0]
-    known = command_names()
-    if command not in known:
+    name = arguments[0]
+    known = command_names(group)
+    if name not in known:
         raise ConfigError(
-            f"unknown command '{command}'; known: {', '.join(known)}.{did_you_mean(command, known)}"
+            f"unknown command '{name}'; known: {', '.join(known)}.{did_you_mean(name, known)}"
         )
+    if group is None and _is_group(name):
+        return _run(arguments[1:], name)
+    command = f"{group} {name}" if group else name
     module = _load(command)
     parser = _parser(command, module)
     own, extra = _split(parser, arguments[1:], getattr(module, "TAKES_OVERRIDES", False))
@@ -78,16 +98,26 @@ def _run(arguments: list[str]) -> int:
 
 
 def _load(command: str) -> ModuleType:
-    return importlib.import_module(f"factorlm.cli.{command}")
+    """The file of a command, or the package of a group."""
+    return importlib.import_module(f"factorlm.cli.{command.replace(' ', '.')}")
 
 
-def _overview() -> str:
-    commands = "\n".join(f"  {name:<10} {_load(name).HELP}" for name in command_names())
+def _overview(group: str | None) -> str:
+    prefix = f"{group} " if group else ""
+    commands = "\n".join(
+        f"  {name:<10} {_load(prefix + name).HELP}" for name in command_names(group)
+    )
+    about = (
+        _load(group).HELP
+        if group
+        else "language models whose feed-forward layers are structured matrices"
+    )
+    last = "" if group else "; --version the version"
     return (
-        "usage: factorlm <command> [arguments]\n\n"
-        "Language models whose feed-forward layers are structured matrices.\n\n"
+        f"usage: factorlm {prefix}<command> [arguments]\n\n"
+        f"{about[0].upper()}{about[1:]}.\n\n"
         f"commands:\n{commands}\n\n"
-        "factorlm <command> --help shows its arguments with examples; --version the version."
+        f"factorlm {prefix}<command> --help shows its arguments with examples{last}."
     )
 
 

@@ -1,0 +1,71 @@
+"""What points support of a claim about slopes, and what they do not, in plain sentences."""
+
+from __future__ import annotations
+
+import math
+
+from factorlm.report.scaling import between, percent
+from factorlm.scaling import Comparison, PowerLawFit
+
+
+def claim_sentences(comparison: Comparison, turning: float) -> list[str]:
+    """On one family against another by straight lines; ``turning`` is the E where slopes swap."""
+    return [
+        _slope_sentence(comparison),
+        *_split_sentence(comparison),
+        _turning_sentence(comparison, turning),
+        *_multiplier_sentence(comparison),
+        f"{comparison.other} and {comparison.base}: {comparison.crossing}.",
+    ]
+
+
+def _slope_sentence(comparison: Comparison) -> str:
+    slopes = comparison.slopes
+    verdict = {
+        True: "it is steeper",
+        False: "it is flatter",
+        None: "the points do not say which is steeper",
+    }[slopes.is_steeper]
+    interval = f"{percent(slopes.level)}: {between(slopes.low, slopes.high)}"
+    return (
+        f"{comparison.other} against {comparison.base}: slopes differ by "
+        f"{slopes.difference:+.4f} ({interval}; p = {slopes.p_value:.2f}): {verdict}."
+    )
+
+
+def _split_sentence(comparison: Comparison) -> list[str]:
+    split, slopes = comparison.split, comparison.slopes
+    if split is None:
+        return []
+    interval = f"{percent(slopes.level)}: {between(split.gap_part_low, split.gap_part_high)}"
+    return [
+        f"Of that, {split.flops_part:+.4f} is the ratio of FLOPs changing with size, which "
+        f"{comparison.base}'s very losses would show too, and {split.gap_part:+.4f} the loss gap "
+        f"changing ({interval}; p = {split.gap_p_value:.2f})."
+    ]
+
+
+def _turning_sentence(comparison: Comparison, turning: float) -> str:
+    if math.isnan(turning):
+        return "The order of the slopes is the same for every shared entropy E below the losses."
+    return f"The order of the slopes turns at a shared entropy E of {turning:.2f} nats."
+
+
+def _multiplier_sentence(comparison: Comparison) -> list[str]:
+    found = comparison.multipliers
+    if not found:
+        return []
+    ratios = [1 / one.multiplier for one in found]
+    sure = sum(not one.multiplier_low <= 1 <= one.multiplier_high for one in found)
+    return [
+        f"For equal loss {comparison.other} needs {ratios[0]:.2f}x the FLOPs of {comparison.base} "
+        f"at loss {found[0].loss:.2f} and {ratios[-1]:.2f}x at {found[-1].loss:.2f}; "
+        f"the interval leaves out 1 at {sure} of {len(found)} losses on the way."
+    ]
+
+
+def entropy_sentences(fit: PowerLawFit) -> list[str]:
+    """On the entropy that families share."""
+    interval = f"{percent(fit.level)}: {fit.E_low:.2f} to {fit.E_high:.2f}"
+    first = f"A shared entropy E, fitted to all points: {fit.E:.2f} nats ({interval})."
+    return [first, *(f"{text[0].upper()}{text[1:]}." for text in fit.warnings)]

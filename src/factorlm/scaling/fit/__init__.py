@@ -1,0 +1,41 @@
+"""Scaling laws fitted to measured points, with intervals. NumPy and scipy only."""
+
+from factorlm.scaling.fit.chinchilla import ChinchillaFit, OptimalSize, fit_chinchilla
+from factorlm.scaling.fit.compare import (
+    Comparison,
+    ComputeMultiplier,
+    compare_lines,
+    compare_power_laws,
+)
+from factorlm.scaling.fit.crossing import Crossing
+from factorlm.scaling.fit.data import FitWarning
+from factorlm.scaling.fit.line import LineFit, fit_line
+from factorlm.scaling.fit.power_law import PowerLawFit, fit_power_law, fit_power_laws
+from factorlm.scaling.fit.slopes import SlopeDifference, slopes_over_entropy, turning_entropy
+from factorlm.scaling.fit.split import SlopeSplit
+from factorlm.scaling.fit.trust import HeldOut, bootstrap, hold_out_largest, hold_out_largest_of
+
+__all__ = [
+    "ChinchillaFit",
+    "Comparison",
+    "ComputeMultiplier",
+    "Crossing",
+    "FitWarning",
+    "HeldOut",
+    "LineFit",
+    "OptimalSize",
+    "PowerLawFit",
+    "SlopeDifference",
+    "SlopeSplit",
+    "bootstrap",
+    "compare_lines",
+    "compare_power_laws",
+    "fit_chinchilla",
+    "fit_line",
+    "fit_power_law",
+    "fit_power_laws",
+    "hold_out_largest",
+    "hold_out_largest_of",
+    "slopes_over_entropy",
+    "turning_entropy",
+]

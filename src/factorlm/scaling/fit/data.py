@@ -1,0 +1,81 @@
+"""Measured points as arrays, checked; and scipy, which the fits need."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from factorlm.config import check
+from factorlm.errors import ConfigError
+
+
+class FitWarning(UserWarning):
+    """A law was fitted to data that cannot say what its parameters are."""
+
+
+def warn_user(messages: Iterable[str]) -> None:
+    """Each message as a ``FitWarning`` at the line that called a function of this package."""
+    for message in messages:
+        warnings.warn(message, FitWarning, stacklevel=3)
+
+
+def import_scipy() -> ModuleType:
+    """``scipy`` with ``optimize`` and ``stats``; ``ConfigError`` names the extra where it lacks."""
+    try:
+        import scipy.optimize
+        import scipy.stats
+    except ImportError:
+        raise ConfigError("fits need scipy: pip install 'factorlm[fit]'") from None
+    return scipy
+
+
+def as_points(**columns: ArrayLike) -> tuple[np.ndarray, ...]:
+    """Columns of one value a run as float64 arrays, each (num_points,).
+
+    Raises ``ConfigError`` naming the column, the value and the rule: one dimension, as many values
+    as the other columns, every value finite and above zero.
+    """
+    arrays = {name: _as_floats(name, values) for name, values in columns.items()}
+    (first, points), *_ = arrays.items()
+    for name, array in arrays.items():
+        check(array.ndim == 1, f"{name} has {array.ndim} dimensions; it must be a list of numbers")
+        check(
+            len(array) == len(points),
+            f"{name} has {len(array)} values and {first} {len(points)}; they must be as many",
+        )
+        wrong = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
+        if len(wrong):
+            place = int(wrong[0])
+            raise ConfigError(f"{name}[{place}]={array[place]:g} must be finite and above 0")
+    return tuple(arrays.values())
+
+
+def _as_floats(name: str, values: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={values!r:.60} must be a list of numbers") from None
+
+
+def check_sizes(name: str, values: np.ndarray, least: int, form: str) -> None:
+    """Raise ``ConfigError`` unless ``values`` has ``least`` different ones; runs with different
+    seeds have the same."""
+    count = len(np.unique(values))
+    check(count >= least, f"{name} has {count} sizes; {form} needs at least {least}")
+
+
+def check_level(level: float) -> None:
+    """Raise ``ConfigError`` unless ``level`` is the probability of an interval."""
+    check(0 < level < 1, f"level={level:g} must be above 0 and below 1")
+
+
+def check_entropy(E: float, loss: np.ndarray) -> None:
+    """Raise ``ConfigError`` unless a fixed ``E`` lies under every loss."""
+    check(
+        0 <= E < loss.min(),
+        f"E={E:g} must be at least 0 and below the lowest loss, {loss.min():g}",
+    )

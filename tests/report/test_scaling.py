@@ -1,0 +1,92 @@
+"""Tables, sentences and the picture of fitted laws."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from factorlm.report.claims import claim_sentences
+from factorlm.report.scaling import (
+    _draw,
+    entropy_table,
+    held_out_table,
+    lines_table,
+    multiplier_table,
+    plot_scaling,
+)
+from factorlm.scaling import (
+    compare_lines,
+    fit_line,
+    hold_out_largest,
+    slopes_over_entropy,
+)
+
+COMPUTE = np.repeat(np.geomspace(1e15, 1e19, 5), 2)
+NOISE = np.random.default_rng(0).normal(0, 0.002, (2, 10))
+FAMILIES = {
+    "dense": (COMPUTE, 3.0 * (COMPUTE / 1e17) ** -0.05 * np.exp(NOISE[0])),
+    "low_rank": (COMPUTE, 3.1 * (COMPUTE / 1e17) ** -0.06 * np.exp(NOISE[1])),
+}
+LINES = {name: fit_line(*points) for name, points in FAMILIES.items()}
+OVER = slopes_over_entropy(FAMILIES, "dense", (0.0, 1.0))
+
+
+def test_lines_are_beside_what_they_differ_by() -> None:
+    found = compare_lines(FAMILIES, "dense")
+    dense, other = lines_table(LINES, found, "dense").rows
+    assert dense[:2] == ("dense", f"{LINES['dense'].slope:.4f}")
+    assert set(dense[3:]) == {""}
+    difference = LINES["low_rank"].slope - LINES["dense"].slope
+    assert float(other[3]) == pytest.approx(difference, abs=6e-5)
+    assert float(other[6]) + float(other[7]) == pytest.approx(float(other[3]), abs=2e-4)
+
+
+def test_other_tables_hold_the_numbers_of_the_fits() -> None:
+    rows = entropy_table(OVER, "dense").rows
+    assert [row[0] for row in rows] == ["0.00", "1.00"]
+    assert rows[1][2] == f"{OVER['low_rank'][1].other_gamma:.4f}"
+    comparison = compare_lines(FAMILIES, "dense")["low_rank"]
+    cells = multiplier_table(comparison).rows
+    assert [float(row[3]) for row in cells] == pytest.approx(
+        [one.multiplier for one in comparison.multipliers], abs=0.006
+    )
+    held = {"line": {"dense": hold_out_largest(fit_line, *FAMILIES["dense"])}}
+    ((family, size, loss, predicted, error),) = held_out_table(held).rows
+    assert (family, size) == ("dense", "1.000e19")
+    assert float(predicted) / float(loss) - 1 == pytest.approx(
+        float(error.rstrip(" %")) / 100, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "verdict"), [("dense", "it is steeper"), ("low_rank", "it is flatter")]
+)
+def test_a_clear_difference_is_said(base: str, verdict: str) -> None:
+    (comparison,) = compare_lines(FAMILIES, base).values()
+    first, split, turning, *_ = claim_sentences(comparison, math.nan)
+    assert first.endswith(f": {verdict}.")
+    assert split.startswith("Of that, +0.0000 is the ratio of FLOPs") or "-0.0000 is" in split
+    assert "the same for every shared entropy" in turning
+
+
+def test_no_difference_is_said_too() -> None:
+    families = {"dense": FAMILIES["dense"], "twin": (COMPUTE, FAMILIES["dense"][1] * 1.01)}
+    (comparison,) = compare_lines(families, "dense").values()
+    first, _, turning, *_ = claim_sentences(comparison, 1.234)
+    assert "the points do not say which is steeper" in first
+    assert "turns at a shared entropy E of 1.23 nats" in turning
+
+
+def test_the_picture_shows_every_point_and_every_entropy(tmp_path: Path) -> None:
+    left, right = _draw(FAMILIES, LINES, OVER, "dense").axes
+    points = [line for line in left.get_lines() if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in points] == [
+        list(loss) for _, loss in FAMILIES.values()
+    ]
+    drawn = next(line for line in right.get_lines() if line.get_linestyle() == "-")
+    assert list(drawn.get_ydata()) == [one.difference for one in OVER["low_rank"]]
+    path = plot_scaling(FAMILIES, "dense", tmp_path / "scaling.svg", over=OVER)
+    assert "<svg" in path.read_text()
