@@ -181,6 +181,17 @@ def test_units_do_not_change_gamma(unit: float, nats: float, seed: int) -> None:
     assert pytest.approx(first.A * nats * unit**first.gamma, rel=1e-2) == second.A
 
 
+@settings(max_examples=15, deadline=None)
+@given(loss=st.lists(st.floats(1.0, 5.0), min_size=4, max_size=6))
+@pytest.mark.filterwarnings("ignore::factorlm.scaling.FitWarning")
+def test_any_losses_have_ordered_intervals(loss: list[float]) -> None:
+    """Rising, flat and jagged ones too: the estimate lies in its interval."""
+    fit = fit_power_law(np.geomspace(1e15, 1e19, len(loss)), loss)
+    assert 0 <= fit.E_low <= fit.E + 1e-6
+    assert fit.E_high - fit.E >= -1e-6
+    assert fit.gamma_low - 1e-6 <= fit.gamma <= fit.gamma_high + 1e-6
+
+
 @pytest.mark.parametrize(
     ("compute", "loss", "entropy", "message"),
     [

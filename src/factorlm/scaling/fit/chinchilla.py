@@ -33,7 +33,7 @@ class ChinchillaFit:
     """loss = ``E`` + ``A`` · num_params^−``alpha`` + ``B`` · num_tokens^−``beta``.
 
     Hoffmann et al., *Training Compute-Optimal Large Language Models* (arXiv 2203.15556), equation
-    10. Each parameter has its interval by profile likelihood.
+    2. Each parameter has its interval by profile likelihood.
     """
 
     E: float
