@@ -308,7 +308,8 @@ class TrainConfig(Config):
 
     def _choose_guide(self) -> None:
         """Put what ``auto`` means into the fields, so that the run's own config says it."""
-        guided = self._is_structured and self.model.init_from is None
+        is_structured = bool(self.structure) and self.structure.get("structure") != "dense"
+        guided = is_structured and self.model.init_from is None
         variant = "full" if guided else "none"
         object.__setattr__(self, "guide", self.guide.replace(variant=variant))
         if guided and self.guide.share is None and self.budget.flops is None:
@@ -320,7 +321,7 @@ class TrainConfig(Config):
         if guide.variant == "none":
             return
         check(
-            self._is_structured,
+            bool(self.structure),
             f"guide.variant={guide.variant!r} needs a structure: a dense model has nothing to "
             "guide",
         )
@@ -328,11 +329,6 @@ class TrainConfig(Config):
             (guide.share is None) != (flops is None),
             f"guide.share={guide.share} and budget.flops={flops}: state exactly one",
         )
-
-    @property
-    def _is_structured(self) -> bool:
-        """Whether ``structure`` says more than that the layers are dense."""
-        return bool(self.structure) and self.structure.get("structure") != "dense"
 
     @property
     def tokens_per_step(self) -> int:
