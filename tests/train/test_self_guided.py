@@ -362,7 +362,6 @@ def test_two_processes_learn_what_one_does(
     ("sections", "message"),
     [
         ({"structure": {}, "guide": guide()}, "needs a structure"),
-        ({"structure": {"structure": "dense"}, "guide": guide()}, "needs a structure"),
         ({"guide": guide(share=None)}, "guide.share=None and budget.flops=None: state exactly one"),
         ({"guide": guide(), "budget": BUDGET}, "state exactly one"),
         ({"guide": guide(share=1.5)}, r"guide.share=1.5 must lie in \(0, 1\]"),
