@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+import factorlm.inference.attention as attention
 import factorlm.inference.packing as packing
 from factorlm import BlockDenseConfig, BlockShuffleConfig, LowRankConfig, factorize_, pack_
 from factorlm.anatomy import anatomy_of
@@ -171,6 +172,7 @@ def test_bfloat16_stays_near_the_forward_of_hugging_face(
         monkeypatch.setattr(packing, "MIN_BYTES", {})
         assert (pack_(model) > 0) == can_pack(model.lm_head.weight)
     if way == "attention":
+        monkeypatch.setattr(attention, "FEWEST_VALUES", 1)
         use_decode_attention(model)
         assert (model.config._attn_implementation == NAME) == (family != "gemma2")  # not of SDPA
     for num_pads, logits in zip(PADS, expected, strict=True):

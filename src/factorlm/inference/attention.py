@@ -15,6 +15,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "factorlm_sdpa"
 """Hugging Face's name of it (``attn_implementation``)."""
+FEWEST_VALUES = 2**17
+"""Keys of fewer values are left to SDPA, which is one call, unless a compiler saves the calls."""
 MOST_VALUES = 2**23
 """Keys of more values are left to SDPA: the products copy those that are not contiguous."""
 
@@ -56,6 +58,7 @@ def _is_served(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str
         query.shape[2] == 1
         and query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float16)
+        and (key.numel() >= FEWEST_VALUES or torch.compiler.is_compiling())
         and key.numel() <= MOST_VALUES
         and not torch.is_grad_enabled()
         and (mask is None or mask.shape[1] == 1)
