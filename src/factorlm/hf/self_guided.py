@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -26,9 +25,7 @@ from factorlm.surgery import (
     update_block,
 )
 from factorlm.surgery.block import GUIDED
-
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""Where DDP looks up what a model leaves out of it."""
+from factorlm.surgery.guides import IGNORED_BY_DDP, hide_guides_from_ddp
 
 
 @final
@@ -109,7 +106,7 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
                 "make the optimizer after that",
             )
             attach_guides_(model, form=self.form)
-        _hide_from_ddp(model)
+        hide_guides_from_ddp(model)
 
     def on_train_begin(
         self,
@@ -179,17 +176,9 @@ def _end(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         weight.data = weight.data.new_empty(0)
 
 
-def _hide_from_ddp(model: nn.Module) -> None:
-    """Make DDP, which is to wrap ``model``, neither broadcast the guides nor reduce their
-    gradients."""
-    names = [f"{name}.{own}" for name in guided_layers(model) for own in ("guide.weight", "alpha")]
-    names += vars(model).get(_IGNORED, [])
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-
-
 def _is_hidden(model: nn.Module) -> bool:
-    """Whether ``_hide_from_ddp`` saw this model; it cannot see what ``train`` makes anew."""
-    return _IGNORED in vars(model)
+    """Whether ``hide_guides_from_ddp`` saw this model; it cannot see what ``train`` makes anew."""
+    return IGNORED_BY_DDP in vars(model)
 
 
 def _replicate(model: nn.Module, optimizer: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from factorlm.config import check
@@ -15,6 +16,9 @@ from factorlm.layers.self_guided import GuideForm, SelfGuidedLinear
 from factorlm.optim import GuideSchedule
 from factorlm.surgery.swap import check_not_premerged, replace_everywhere
 
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+"""Where DDP looks up what a model leaves out of it."""
+
 
 def guided_layers(model: nn.Module) -> dict[str, SelfGuidedLinear]:
     """The layers of ``model`` that have a guide, by name; a shared one once."""
@@ -23,6 +27,14 @@ def guided_layers(model: nn.Module) -> dict[str, SelfGuidedLinear]:
         for name, module in model.named_modules()
         if isinstance(module, SelfGuidedLinear)
     }
+
+
+def hide_guides_from_ddp(model: nn.Module) -> None:
+    """Make DDP, which is to wrap ``model``, leave the guides alone: neither broadcast nor reduced,
+    as what the model itself leaves out (``IGNORED_BY_DDP``)."""
+    names = [f"{name}.{own}" for name in guided_layers(model) for own in ("guide.weight", "alpha")]
+    names += vars(model).get(IGNORED_BY_DDP, [])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def attach_guides_(model: nn.Module, *, form: GuideForm = "auto") -> list[str]:

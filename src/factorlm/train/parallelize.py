@@ -22,10 +22,10 @@ from factorlm.hf import materialize_
 from factorlm.hf.loss import CausalLMLoss
 from factorlm.measure import has_fast_bf16
 from factorlm.surgery import guided_layers
+from factorlm.surgery.guides import hide_guides_from_ddp
 from factorlm.train.assemble import build_model
 from factorlm.train.config import ParallelSection, TrainConfig
 from factorlm.train.recompute import recompute_ffns_
-from factorlm.train.self_guided import leave_to_trainer
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def replicate(module: CausalLMLoss, world: World) -> nn.Module:
     """DDP where there are several processes."""
     if world.size == 1:
         return module
-    leave_to_trainer(module)
+    hide_guides_from_ddp(module)
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from factorlm.distributed import World
 from factorlm.optim import GuideSchedule, release_
@@ -60,11 +59,3 @@ def forget_unit(module: nn.Module, unit: nn.Module) -> None:
     context = module._get_fsdp_state()._state_ctx
     state = unit._get_fsdp_state()
     context.all_states = [other for other in context.all_states if other is not state]
-
-
-def leave_to_trainer(module: nn.Module) -> None:
-    """Make DDP, which is about to wrap ``module``, ignore the guides in it."""
-    layers = guided_layers(module)
-    names = [f"{name}.{tensor}" for name in layers for tensor in ("guide.weight", "alpha")]
-    if names:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
