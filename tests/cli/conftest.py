@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +18,38 @@ from factorlm.data import PrepareConfig, prepare
 from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
 from factorlm.testing.models import tiny_model
 
+WITHOUT_TORCH = """
+import sys
+class Blocker:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "tokenizers", "datasets"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+from factorlm.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 CONTEXT_LENGTH = 16
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+RunWithoutTorch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_without_torch(tmp_path: Path) -> RunWithoutTorch:
+    """Runs a command, in ``tmp_path``, where torch and what brings it cannot be imported."""
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=600,
+        )
+
+    return run
 
 
 @dataclass(frozen=True)

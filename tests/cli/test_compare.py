@@ -2,25 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.conftest import RunWithoutTorch
 
 from factorlm.cli.main import main
 from factorlm.records import LayerValues, MonitorRecord, RecordFile
-
-BLOCKED = """
-import sys
-class Blocker:
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "tokenizers", "datasets"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocker())
-from factorlm.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -31,13 +20,10 @@ def runs(tiny_run, tmp_path: Path) -> list[str]:
     return [str(tiny_run.path), str(other)]
 
 
-def test_runs_where_torch_cannot_be_imported(runs: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, "compare", *runs],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def test_runs_where_torch_cannot_be_imported(
+    runs: list[str], tmp_path: Path, run_without_torch: RunWithoutTorch
+) -> None:
+    done = run_without_torch("compare", *runs)
     assert done.returncode == 0, done.stderr
     losses = [line.split() for line in done.stdout.splitlines() if line.startswith("best val")]
     assert losses == [["best", "validation", "loss", "4.0000", "4.0000", "+0.0000"]]

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.conftest import RunWithoutTorch
 
 from factorlm.cli.main import main
 
-BLOCKED = """
-import sys
-class Blocker:
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "tokenizers", "datasets"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocker())
-from factorlm.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
-
-def test_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, "scale", "published"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_runs_where_torch_cannot_be_imported(
+    tmp_path: Path, run_without_torch: RunWithoutTorch
+) -> None:
+    done = run_without_torch("scale", "published")
     assert done.returncode == 0, done.stderr
     assert "the points do not say which is steeper" in done.stdout
     pictures = sorted(path.name for path in (tmp_path / "published").iterdir())
