@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tests.bench.test_linear import timings
+from tests.bench.test_truth import Halved
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -60,15 +60,6 @@ def test_a_wrong_gradient_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, halved: str, named: str
 ) -> None:
     """Of the input, which changes what comes before; of a factor, which nothing else shows."""
-
-    class Halved(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):  # type: ignore[no-untyped-def]
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):  # type: ignore[no-untyped-def]
-            return grad / 2
 
     def wrong(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> Tensor:
         given = {"x": x, "V": V}

@@ -23,7 +23,7 @@ SMALL = BenchOptions(shapes=((16, 64),), num_tokens=(8,), dtypes=("fp32",), roun
 GROUPED = SMALL.replace(
     shapes=((512, 2048),), num_tokens=(130,), structures=("block_shuffle",), passes=("forward",)
 )
-"""More tokens than a block has columns, 128: the path of training sizes."""
+"""More tokens than ``FEW_TOKENS``: the path of training sizes."""
 BENCHMARKS = pytest.mark.parametrize("benchmark", [benchmark_kernel, benchmark_ffn])
 
 

@@ -41,14 +41,14 @@ class GraphSteps(Steps):
         # Ones beyond the tokens so far are hidden by causality.
         self._mask = torch.ones(batch, max_length, dtype=torch.long, device=device)
         self._replay = compile_frozen(self) if compiled else capture(self._step)
-        self._is_compiled = not compiled
+        self._has_to_compile = compiled
 
     def prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
         """See ``Steps``."""
-        if not self._is_compiled:  # the first call may run the step twice
+        if self._has_to_compile:  # the first call may run the step twice
             self._prefill(ids[:, :1], None)
             self._replay()
-            self._is_compiled = True
+            self._has_to_compile = False
         return self._prefill(ids, num_pads)
 
     def _prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
