@@ -49,7 +49,7 @@ def test_one_query_equals_sdpa(mask: str, groups: int, scaling: float | None) ->
     for dtype, slack in ((torch.float64, 1e-12), (torch.bfloat16, 0.02)):
         query, key, value = inputs(dtype, groups=groups)
         cast = given if given is None or given.dtype == torch.bool else given.to(dtype)
-        ours = attention._attend_one(query, key, value, cast, scaling)
+        ours = attention.attend_one(query, key, value, cast, scaling)
         theirs, _ = sdpa_attention_forward(
             module(groups=groups), query, key, value, cast, scaling=scaling
         )

@@ -46,7 +46,7 @@ def attend(
     One query without a gradient is multiplied here; all else goes to SDPA.
     """
     if _is_served(query, key, attention_mask, kwargs):
-        return _attend_one(query, key, value, attention_mask, scaling), None
+        return attend_one(query, key, value, attention_mask, scaling), None
     found: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
@@ -67,7 +67,7 @@ def _is_served(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str
     )
 
 
-def _attend_one(
+def attend_one(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     """(B, 1, H, D). Heads that share keys are columns of one product, and keys are read as they
