@@ -1,6 +1,6 @@
 """Attention of one token over a cache on a CPU: two batched products against SDPA.
 
-``FEWEST_VALUES`` and ``MOST_VALUES`` of ``factorlm.inference.attention`` are taken from this.
+``FEWEST_PRODUCTS`` and ``MOST_VALUES`` of ``factorlm.inference.attention`` are taken from this.
 Keys and values are parts of a longer cache, as in decoding; outputs are compared first.
 
     python benchmarks/decode_attention.py --output reports/speed/decode_attention.jsonl

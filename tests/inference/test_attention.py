@@ -76,7 +76,7 @@ def test_the_rest_is_left_to_sdpa(
     change: dict[str, Any], served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(attention, "FEWEST_VALUES", change.get("fewest", 1))
+    monkeypatch.setattr(attention, "FEWEST_PRODUCTS", change.get("fewest", 1))
     monkeypatch.setattr(attention, "MOST_VALUES", change.get("most", 2**23))
     monkeypatch.setattr(
         attention, "sdpa_attention_forward", lambda *_, **given: calls.append(given) or (None, None)
@@ -108,7 +108,7 @@ def test_a_decoder_on_a_cpu_uses_it_and_agrees_with_sdpa_to_bf16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Logits of steps of a padded batch, with this attention and with SDPA."""
-    monkeypatch.setattr(attention, "FEWEST_VALUES", 1)
+    monkeypatch.setattr(attention, "FEWEST_PRODUCTS", 1)
     found = []
     for use in (True, False):
         model = llama().to(torch.bfloat16)

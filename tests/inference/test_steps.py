@@ -172,7 +172,7 @@ def test_bfloat16_stays_near_the_forward_of_hugging_face(
         monkeypatch.setattr(packing, "MIN_BYTES", {})
         assert (pack_(model) > 0) == can_pack(model.lm_head.weight)
     if way == "attention":
-        monkeypatch.setattr(attention, "FEWEST_VALUES", 1)
+        monkeypatch.setattr(attention, "FEWEST_PRODUCTS", 1)
         use_decode_attention(model)
         assert (model.config._attn_implementation == NAME) == (family != "gemma2")  # not of SDPA
     for num_pads, logits in zip(PADS, expected, strict=True):

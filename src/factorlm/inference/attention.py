@@ -1,6 +1,7 @@
 """Attention of one new token over a cache, on a CPU and in half precision.
 
-There ``scaled_dot_product_attention`` takes several times what two batched products take.
+There ``scaled_dot_product_attention`` takes up to ten times what two batched products take
+(reports/speed/decode_attention.jsonl).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "factorlm_sdpa"
 """Hugging Face's name of it (``attn_implementation``)."""
-FEWEST_VALUES = 2**17
-"""Keys of fewer values are left to SDPA, which is one call, unless a compiler saves the calls."""
+FEWEST_PRODUCTS = 2**17
+"""Of query and key values, B·H·L·D: fewer are left to SDPA, which is one call, unless a compiler
+saves the calls."""
 MOST_VALUES = 2**23
 """Keys of more values are left to SDPA: the products copy those that are not contiguous."""
 
@@ -58,7 +60,7 @@ def _is_served(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str
         query.shape[2] == 1
         and query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float16)
-        and (key.numel() >= FEWEST_VALUES or torch.compiler.is_compiling())
+        and (query.numel() * key.shape[2] >= FEWEST_PRODUCTS or torch.compiler.is_compiling())
         and key.numel() <= MOST_VALUES
         and not torch.is_grad_enabled()
         and (mask is None or mask.shape[1] == 1)
@@ -70,8 +72,8 @@ def _is_served(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str
 def attend_one(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """(B, 1, H, D). Heads that share keys are columns of one product, and keys are read as they
-    lie, row by row: ``query @ key.mT`` takes 2 to 5 times as long."""
+    """(B, 1, H, D) of query (B, H, 1, D), key and value (B, heads, L, D). Heads that share keys are
+    columns of one product, and keys are read as they lie, row by row."""
     batch, heads, _, width = query.shape
     columns = query.reshape(batch, key.shape[1], -1, width).mT
     wide = torch.promote_types(query.dtype, torch.float32)
