@@ -97,8 +97,9 @@ def test_a_step_that_is_wrong_in_bfloat16_alone_is_not_timed(
     """As the products of ``attend`` could be, which float32 does not take."""
     from factorlm.inference import attention
 
-    attend = attention._attend_one
-    monkeypatch.setattr(attention, "_attend_one", lambda *args: attend(*args) + 1)
+    attend_one = attention.attend_one
+    monkeypatch.setattr(attention, "FEWEST_PRODUCTS", 1)
+    monkeypatch.setattr(attention, "attend_one", lambda *args: attend_one(*args) + 1)
     with pytest.raises(NumericError, match="low_rank: logits in bf16"):
         checked_runs("low_rank", model.bfloat16(), batch_size, SHORT, "bf16")
 
