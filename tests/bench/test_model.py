@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.bench.test_linear import timings
 from tests.bench.test_truth import Halved
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from factorlm.bench import BenchOptions
@@ -34,6 +35,31 @@ def test_a_step_is_timed_beside_its_flops() -> None:
     assert 1 < record.cases["low_rank"]["ideal_speedup"] < 2  # type: ignore[operator]
     assert record.settings["num_tokens"] == 64
     assert record.bars == []
+
+
+def compile_by_aot(layer: nn.Module) -> None:
+    compiled = torch.compile(layer._call_impl, backend="aot_eager")
+    layer._compiled_call_impl = compiled  # type: ignore[assignment]
+
+
+def test_compiled_steps_are_timed_beside_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", compile_by_aot)
+    (record,) = benchmark_model(OPTIONS.replace(compiled=True), SHAPE)
+    assert set(record.cases) == {"dense", "low_rank", "dense, compiled", "low_rank, compiled"}
+    ideals = {name: case["ideal_speedup"] for name, case in record.cases.items()}
+    assert ideals["low_rank, compiled"] == ideals["low_rank"]
+    assert ideals["dense, compiled"] == 1
+    assert set(record.settings["structures"]) == {"low_rank", "low_rank, compiled"}
+
+
+def test_a_wrong_compiled_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(layer: nn.Module) -> None:
+        plain = layer._call_impl
+        layer._compiled_call_impl = lambda *args, **kwargs: plain(*args, **kwargs) * 1.01  # type: ignore[assignment]
+
+    monkeypatch.setattr(nn.Module, "compile", wrong)
+    with pytest.raises(NumericError, match=r"dense, compiled: .* is off by"):
+        list(benchmark_model(OPTIONS.replace(compiled=True), SHAPE))
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "block_shuffle", "block_dense"])
@@ -89,6 +115,11 @@ def test_block_shuffle_leaves_its_last_shuffle_out_and_the_record_says_so() -> N
 def test_bar_of_a_model() -> None:
     (bar,) = model_bars({"dense": 1.6, "low_rank": 1.0}, timings({"dense": 3.0, "low_rank": 2.0}))
     assert (bar.value, bar.limit, bar.at_most) == (pytest.approx(1.5 / 1.6), 0.9, False)
+    both = {"dense": 3.0, "low_rank": 2.0, "dense, compiled": 2.4, "low_rank, compiled": 1.5}
+    flops = {"dense": 1.6, "low_rank": 1.0, "dense, compiled": 1.6, "low_rank, compiled": 1.0}
+    plain, compiled = model_bars(flops, timings(both))
+    assert plain.value == bar.value
+    assert compiled.value == pytest.approx(1.0)
 
 
 def test_wrong_shapes_name_the_rule() -> None:

@@ -30,6 +30,8 @@ from factorlm.layers import StructuredLinear
 from factorlm.optim import build_optimizer
 from factorlm.records import BenchmarkRecord
 from factorlm.surgery import densify_
+from factorlm.train.config import ParallelSection
+from factorlm.train.parallelize import prepare_layers
 
 HEAD_DIM = 64
 NUM_CHECKED = 16
@@ -93,6 +95,8 @@ def measure_model(
     rows = max(1, num_tokens // shape.context_length)
     names = {"dense": None} | {name: name for name in options.structures}
     models = {name: shape.build(kind, options) for name, kind in names.items()}
+    if options.compiled:
+        models |= {f"{name}, compiled": compiled_copy(model) for name, model in models.items()}
     for name, model in models.items():
         check_model(name, model)
     flops = {
@@ -104,7 +108,7 @@ def measure_model(
     cases = {
         name: BenchmarkCase(
             run=training_step(model, rows, shape, dtype),
-            ideal_speedup=None if name == "dense" else flops["dense"] / flops[name],
+            ideal_speedup=None if model is models["dense"] else flops["dense"] / flops[name],
         )
         for name, model in models.items()
     }
@@ -123,6 +127,13 @@ def measure_model(
         min_round_ms=1.0,
         bars=partial(model_bars, flops) if shape.width >= 768 else no_bars,
     )
+
+
+def compiled_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with its decoder layers compiled, as a recipe's ``parallel.compile`` has it."""
+    copied = copy.deepcopy(model)
+    prepare_layers(copied, ParallelSection(compile=True))
+    return copied
 
 
 def structures_of(models: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -186,12 +197,15 @@ def _loss_backward(model: PreTrainedModel) -> Tensor:
 
 
 def model_bars(flops: Mapping[str, float], times: Timings) -> list[Bar]:
-    """low_rank against what the FLOPs of the whole step allow."""
-    if "low_rank" not in times:
-        return []
-    name = "dense / low_rank, by the step's FLOP ratio"
-    value = times.ratio("dense", "low_rank") * flops["low_rank"] / flops["dense"]
-    return [Bar(name=name, value=value, limit=0.9, at_most=False)]
+    """low_rank against what the FLOPs of the whole step allow, compiled by compiled."""
+    bars = []
+    for ending in ("", ", compiled"):
+        dense, low_rank = f"dense{ending}", f"low_rank{ending}"
+        if low_rank in times:
+            value = times.ratio(dense, low_rank) * flops[low_rank] / flops[dense]
+            name = f"dense / low_rank{ending}, by the step's FLOP ratio"
+            bars.append(Bar(name=name, value=value, limit=0.9, at_most=False))
+    return bars
 
 
 def training_step(

@@ -84,7 +84,8 @@ class BenchOptions(Config):
     gated: bool = False
     """An FFN as in Llama, SwiGLU without biases, in place of GELU with biases."""
     compiled: bool = False
-    """Of an FFN, dense and low_rank also through ``torch.compile``, which takes a while first."""
+    """Of an FFN, dense and low_rank, and of a model, all of them: also through ``torch.compile``,
+    which takes a while first."""
 
     def __post_init__(self) -> None:
         check(0 < self.share <= 1, f"share={self.share} must lie in (0, 1]")

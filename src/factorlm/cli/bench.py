@@ -53,7 +53,7 @@ CONCERNS: Mapping[str, tuple[str, ...]] = {
     "tokens": (*LAYERS, "model"),
     "passes": ("kernel", "ffn"),
     "gated": ("ffn",),
-    "compiled": ("ffn",),
+    "compiled": ("ffn", "model"),
     "width": MODELS,
     "layers": MODELS,
     "batch_sizes": ("decode",),
@@ -129,7 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gated", action="store_true", help="of ffn: SwiGLU without biases")
     parser.add_argument(
-        "--compiled", action="store_true", help="of ffn: dense and low_rank compiled too"
+        "--compiled",
+        action="store_true",
+        help="of ffn and model: each also compiled (ffn: dense, low_rank)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument(
