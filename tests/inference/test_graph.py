@@ -64,6 +64,21 @@ def test_step_writes_only_memory_that_stays() -> None:
     assert steps._position.tolist() == [[11], [11]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - NOT_STEADY))
+def test_step_moves_no_number_that_python_holds(family: str) -> None:
+    """A graph would replay the one that it saw, as it would of layers that count their window."""
+    steps = GraphSteps(tiny_model(family), 2, MAX_LENGTH)
+    steps.prefill(tiny_input_ids(batch=2), None)
+    before = [held_by_python(layer) for layer in steps._cache.layers]
+    steps.step(torch.tensor([5, 6]))
+    assert [held_by_python(layer) for layer in steps._cache.layers] == before
+
+
+def held_by_python(layer: object) -> dict[str, object]:
+    return {name: value for name, value in vars(layer).items() if isinstance(value, int | str)}
+
+
 def test_what_changes_with_the_length_is_not_captured() -> None:
     assert not any(is_steady(tiny_model(family), MAX_LENGTH) for family in NOT_STEADY)
     assert not is_steady(tiny_model("falcon", alibi=True), MAX_LENGTH)

@@ -1,7 +1,7 @@
 """Decoding from a graph: of CUDA, one launch a token; on a CPU compiled, without Python's part.
 
 A graph works on fixed memory, so the cache and its mask have their full length and the place of the
-next token is a number on the device. Hugging Face's ``StaticCache`` is made for this.
+next token is a number on the device. Hugging Face's ``StaticLayer`` is made for this.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from factorlm.inference.steps import LastLogits, Steps
 
@@ -35,7 +35,7 @@ class GraphSteps(Steps):
         self.max_length = max_length
         device = model.device
         self._logits = LastLogits(model)
-        self._cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self._cache = fixed_cache(model.config, max_length)
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         # Ones beyond the tokens so far are hidden by causality.
@@ -72,6 +72,15 @@ class GraphSteps(Steps):
         logits = self._logits(self._token, self._mask, self._position, self._cache)
         self._position.add_(1)
         return logits
+
+
+def fixed_cache(config: PretrainedConfig, max_length: int) -> Cache:
+    """An empty cache of ``max_length`` tokens a row, which keeps every number on the device.
+
+    Not ``StaticCache``: its layers with a sliding window count tokens in Python, where a graph sees
+    one number for ever. A window that stays open (``is_steady``) needs no such layer.
+    """
+    return Cache(layers=[StaticLayer(max_length) for _ in DynamicCache(config=config).layers])
 
 
 def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
