@@ -75,7 +75,7 @@ def measure_ffn(
     FFN computes something else."""
     torch.manual_seed(0)
     models = build_ffns(setting, downs, gated=options.gated)
-    x, slope = torch.randn(2, setting.num_tokens, setting.shape[0]).to(setting.like)
+    x, slope = setting.draw(setting.shape[0], count=2)
     cases = _whole_cases(models, x, slope, setting.kind, compiled=options.compiled)
     cases |= _part_cases(models, x, slope, setting)
     flops = {name: _flops(model) for name, model in models.items()}
@@ -94,17 +94,17 @@ def build_ffns(
     setting: LinearSetting, downs: Mapping[str, StructureConfig], *, gated: bool = False
 ) -> dict[str, FFN | GatedFFN]:
     """Dense and each structure: with GELU and biases, or gated without biases, as in Llama."""
-    shape, back, bias = setting.shape, setting.shape[::-1], not gated
-    makers: dict[str, tuple[Callable[[], nn.Module], nn.Module]] = {
-        "dense": (partial(nn.Linear, *shape, bias=bias), nn.Linear(*back, bias=bias))
-    }
+    options: dict[str, Any] = {"bias": not gated, "device": setting.device}
+    make: Callable[..., FFN | GatedFFN] = GatedFFN if gated else FFN
+    makers: dict[str, list[Callable[..., nn.Module]]] = {"dense": [nn.Linear, nn.Linear]}
     for name, config in setting.configs.items():
-        up = partial(config.build, *shape, bias=bias)
-        makers[name] = up, downs[name].build(*back, bias=bias)
-    return {
-        name: (GatedFFN(up(), up(), down) if gated else FFN(up(), down)).to(setting.like)
-        for name, (up, down) in makers.items()
-    }
+        makers[name] = [config.build, downs[name].build]
+    models = {}
+    for name, (up, down) in makers.items():
+        wide = [up(*setting.shape, **options) for _ in range(2 if gated else 1)]
+        back = down(*setting.shape[::-1], **options)
+        models[name] = make(*wide, back).to(setting.like)
+    return models
 
 
 def _whole_cases(
@@ -130,7 +130,7 @@ def _part_cases(
 ) -> dict[str, BenchmarkCase]:
     """What an FFN cannot do without: matmuls, the activation, the gradients of biases."""
     kind = setting.kind
-    wide = torch.randn(2, setting.num_tokens, setting.shape[1]).to(x).unbind()
+    wide = setting.draw(setting.shape[1], count=2)
     runs: dict[str, Callable[[], object]] = {
         bare(name): ffn_matmuls(models[name], x, slope, wide[0], kind) for name in _split(models)
     }

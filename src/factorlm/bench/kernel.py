@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,11 @@ def measure_linear(setting: LinearSetting, rounds: int) -> BenchmarkRecord:
     """Time one setting. Raises ``NumericError`` if a layer computes something else."""
     shape, kind, like = setting.shape, setting.kind, setting.like
     torch.manual_seed(0)
-    x, slope = (torch.randn(setting.num_tokens, size).to(like) for size in shape)
-    layers: dict[str, nn.Module] = {"dense": nn.Linear(*shape, bias=False).to(like)}
+    (x,), (slope,) = (setting.draw(size) for size in shape)
+    plain: dict[str, Any] = {"bias": False, "device": setting.device}
+    layers: dict[str, nn.Module] = {"dense": nn.Linear(*shape, **plain).to(like)}
     for name, config in setting.configs.items():
-        layers[name] = config.build(*shape, bias=False).to(like)
+        layers[name] = config.build(*shape, **plain).to(like)
     cases = {}
     for name, layer in layers.items():
         check_layer(layer, x)

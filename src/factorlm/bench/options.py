@@ -49,6 +49,12 @@ class LinearSetting:
         """An empty tensor with the device and the dtype of weights and inputs."""
         return torch.empty(0, device=self.device, dtype=DTYPES[self.dtype])
 
+    def draw(self, width: int, *, count: int = 1) -> tuple[Tensor, ...]:
+        """``count`` random tensors (N, width), drawn where they are used: of a wide FFN's many
+        tokens the host would take a minute."""
+        size = (count, self.num_tokens, width)
+        return torch.randn(size, device=self.device).to(self.like).unbind()
+
     @property
     def is_promised(self) -> bool:
         """Whether the bars are meant for this size: training sizes, where matmuls decide."""
