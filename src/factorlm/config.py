@@ -65,6 +65,7 @@ def parse(cls: type[C], values: Mapping[str, Any], overrides: Sequence[str] = ()
     """Strict reading by jsonargparse, with the errors of factorlm."""
     from jsonargparse import ArgumentError, ArgumentParser
 
+    _refuse(cls, values, field_names(cls))
     parser = ArgumentParser(exit_on_error=False, prog="factorlm", allow_abbrev=False)
     parser.add_class_arguments(cls)
     try:
@@ -81,6 +82,20 @@ def parse(cls: type[C], values: Mapping[str, Any], overrides: Sequence[str] = ()
         if isinstance(cause, ConfigError):
             raise cause from None
         raise ConfigError(_explain(str(error), cls)) from None
+
+
+def _refuse(cls: type, values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
+    """Raise for what jsonargparse passes over: sections that are unknown and empty, and nulls."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        name, field = f"{prefix}{key}", fields.get(key)
+        if field is None:
+            if isinstance(value, Mapping):
+                raise ConfigError(f"unknown key '{name}'.{did_you_mean(name, known)}")
+        elif value is None and not re.search("None|Any", str(field.type)):
+            raise ConfigError(f"{name}=None must have a value; leave it out for the default")
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(field.default_factory):
+            _refuse(field.default_factory, value, known, f"{name}.")
 
 
 def _explain(message: str, cls: type) -> str:

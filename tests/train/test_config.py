@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from factorlm.errors import ConfigError
 from factorlm.train import TrainConfig
 from factorlm.train.describe import describe
 
@@ -68,3 +69,22 @@ def test_what_auto_means_is_written_down(tiny_values: MakeValues) -> None:
     found = config(tiny_values)
     assert found.to_dict()["guide"]["variant"] == "full"
     assert TrainConfig.from_dict(found.to_dict()) == found
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimzer": {}}, "unknown key 'optimzer'. Did you mean 'optimizer'"),
+        ({"batch": {"num_stepps": {}}}, "unknown key 'batch.num_stepps'.*'batch.num_steps'"),
+        ({"optimizer": None}, "optimizer=None must have a value"),
+        (
+            {"checkpoint": {"every_minutes": None}},
+            "checkpoint.every_minutes=None must have a value",
+        ),
+    ],
+)
+def test_empty_sections_and_nulls_are_refused_where_they_mean_nothing(
+    tiny_values: MakeValues, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(tiny_values() | sections)
