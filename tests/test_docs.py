@@ -17,6 +17,8 @@ import yaml
 
 from factorlm.cli.main import command_names, full_names, main
 from factorlm.layers import STRUCTURES
+from factorlm.scaling.ladder import load_ladder
+from factorlm.scaling.ladder.plan import Plan
 from factorlm.train.assemble import build_model
 from factorlm.train.config import TrainConfig
 from factorlm.train.recipe import load_recipe
@@ -119,6 +121,18 @@ def test_yaml_is_part_of_a_recipe(page: Path) -> None:
         values.pop("extends", None)
         config = TrainConfig.from_dict(yaml.safe_load(DEMO.read_text()) | {"name": "page"} | values)
         build_model(config)
+
+
+@pytest.mark.parametrize("page", pages_with("yaml ladder"), ids=name_of)
+def test_a_ladder_can_be_planned(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "ladder").mkdir()
+    for block in blocks(page, "yaml ladder"):
+        path = tmp_path / "ladder" / "ladder.yaml"
+        path.write_text(block.text)
+        plan = Plan(load_ladder(path))
+        runs, _ = plan.known(lambda found: {run.name: abs(run.rate - 8e-3) for run in found})
+        assert all(plan.describe(run).training.model_flops > 0 for run in runs)
 
 
 # Commands ------------------------------------------------------------------------------------

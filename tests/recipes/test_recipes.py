@@ -14,7 +14,7 @@ from factorlm.train.assemble import build_model
 from factorlm.train.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-FILES = sorted(FOLDER.rglob("*.yaml"))
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "ladders")
 RECIPES = [path for path in FILES if not path.name.startswith("_")]
 
 

@@ -10,7 +10,7 @@ from factorlm.storage.atomic import (
     storage_errors,
 )
 from factorlm.storage.cache import cache_folder
-from factorlm.storage.lock import folder_lock
+from factorlm.storage.lock import LOCK_FILE, folder_lock
 from factorlm.storage.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -24,6 +24,7 @@ from factorlm.storage.manifest import (
 )
 
 __all__ = [
+    "LOCK_FILE",
     "MANIFEST_FILE",
     "FileEntry",
     "Manifest",

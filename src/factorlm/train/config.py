@@ -267,6 +267,9 @@ class TrainConfig(Config):
     """Names the run's folder, ``runs/<name>``."""
     seed: int = 0
     """Of the weights, the data order and dropout."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Words about the run that its records keep. Runs with the same ``family`` belong together in
+    reports."""
     model: ModelSection = field(default_factory=ModelSection)
     structure: dict[str, Any] = field(default_factory=dict)
     """``structure``: a registered name, and its fields; or ``param_ratio`` (with ``multiple_of``)

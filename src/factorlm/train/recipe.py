@@ -36,33 +36,40 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     file and the field.
     """
     path = Path(path)
-    values = {"name": path.stem} | _read(path, ())
+    values = {"name": path.stem} | read_sections(path)
     try:
         return TrainConfig.from_dict(values, overrides)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """The plain values of ``path`` over those of its base."""
+def read_sections(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a recipe and those that it extends (not ``children`` again) state, nothing resolved.
+    Raises ``ConfigError``."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: extends={path.name!r} extends itself")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}, {error}") from None
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not YAML: {error}") from None
-    check(isinstance(values, dict), f"recipe {path} must be a mapping of sections")
+    values = read_mapping(path, "recipe")
     base = values.pop("extends", None)
     if base is None:
         return values
     check(isinstance(base, str), f"{path}: extends={base!r} must name one recipe file")
-    inherited = _read(path.parent / base, (*children, path.resolve()))
+    inherited = read_sections(path.parent / base, (*children, path.resolve()))
     inherited.pop("name", None)
     return merge_sections(inherited, values)
+
+
+def read_mapping(path: Path, kind: str) -> dict[str, Any]:
+    """A YAML file that is one mapping. Raises ``ConfigError`` with ``kind``, path and line."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{kind} {path}, {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{kind} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{kind} {path} is not YAML: {error}") from None
+    check(isinstance(values, dict), f"{kind} {path} must be a mapping of sections")
+    return dict(values)
 
 
 def merge_sections(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

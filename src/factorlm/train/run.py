@@ -39,6 +39,7 @@ from factorlm.train.config import TrainConfig
 from factorlm.train.state import RunState, full, model_tensors
 
 MAY_CHANGE = (
+    "labels",
     "eval.",
     "checkpoint.",
     "monitor.",

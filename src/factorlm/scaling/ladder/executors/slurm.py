@@ -1,0 +1,74 @@
+"""Jobs of a Slurm cluster, by submitit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from factorlm.errors import ConfigError
+from factorlm.scaling.ladder.config import ExecutorSection
+from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, run_job
+
+DEFAULT_WORKERS = 16
+
+
+class SlurmJob(Handle):
+    """A job that waits for its process."""
+
+    def __init__(self, submitted: Any, job: Job, errors: type[Exception]) -> None:
+        self.submitted = submitted
+        self.job = job
+        self.errors = errors
+
+    def poll(self) -> int | None:
+        """The exit code of the process; 1 if the job itself was lost or cancelled."""
+        if not self.submitted.done():
+            return None
+        try:
+            return int(self.submitted.result())
+        except self.errors as error:
+            with self.job.log.open("a") as log:
+                log.write(f"\n{error}\n")
+            return 1
+
+    def stop(self) -> None:
+        """By the stop file; a job that still waits in Slurm's queue ends when it begins."""
+        self.job.stop_file.touch()
+
+
+@EXECUTORS.register("slurm")
+class SlurmExecutor(Executor):
+    """A job a run. ``options`` go to submitit's ``update_parameters``, but ``cluster``: ``local``
+    there runs jobs as processes of this machine, to try a ladder out."""
+
+    def __init__(self, section: ExecutorSection) -> None:
+        super().__init__(section)
+        try:
+            import submitit
+        except ImportError:
+            raise ConfigError(
+                "executor.kind='slurm' needs submitit: pip install 'factorlm[cluster]'"
+            ) from None
+        self.submitit = submitit
+
+    @property
+    def slots(self) -> int:
+        """``workers``, or 16: jobs that are in Slurm's queue at a time."""
+        return self.section.workers or DEFAULT_WORKERS
+
+    def submit(self, job: Job) -> SlurmJob:
+        """Submit it with the CPUs and GPU of one run."""
+        options = {"timeout_min": 24 * 60} | self.section.options
+        cluster = options.pop("cluster", "slurm")
+        parameters = {"name": job.name, "tasks_per_node": 1, "nodes": 1}
+        parameters |= {"gpus_per_node": self.section.gpus}
+        if cluster == "slurm":
+            parameters["cpus_per_task"] = self.section.threads
+        try:
+            executor = self.submitit.AutoExecutor(
+                folder=job.log.parent / "slurm" / "%j", cluster=cluster
+            )
+            executor.update_parameters(**(parameters | options))
+        except (RuntimeError, TypeError, ValueError, NameError) as error:
+            raise ConfigError(f"executor.options={self.section.options}: {error}") from None
+        submitted = executor.submit(run_job, job)
+        return SlurmJob(submitted, job, self.submitit.core.utils.UncompletedJobError)

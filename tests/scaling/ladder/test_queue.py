@@ -1,0 +1,275 @@
+"""What the queue starts, tries again, and leaves out; runs end at once here."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from factorlm.errors import ConfigError, StorageError
+from factorlm.records import EvalRecord, EventRecord, Record, RecordFile, RunRecord, StepRecord
+from factorlm.scaling.ladder.config import ExecutorSection, LadderFile
+from factorlm.scaling.ladder.executors import Executor, Handle, Job
+from factorlm.scaling.ladder.folder import LadderFolder
+from factorlm.scaling.ladder.plan import Plan
+from factorlm.scaling.ladder.queue import Failure, Queue, State, Status
+from factorlm.storage import folder_lock
+
+TUNE = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
+
+
+def run_records(config: dict[str, object], loss: float, steps: int = 3) -> list[Record]:
+    """What a finished run leaves."""
+    run = RunRecord(
+        name=str(config["name"]),
+        config=config,
+        environment={},
+        num_params=1,
+        num_ffn_params=1,
+        num_non_embedding_params=1,
+        forward_flops_per_token=1.0,
+        training_flops=1.0,
+        num_steps=steps,
+        tokens_per_step=1,
+    )
+    done = [
+        StepRecord(step=step, num_tokens=step, loss=loss, learning_rate=1, grad_norm=1, step_ms=1)
+        for step in range(1, steps + 1)
+    ]
+    last = EvalRecord(
+        step=steps,
+        num_tokens=steps,
+        source="validation",
+        loss=loss,
+        perplexity=1,
+        bits_per_byte=None,
+        num_eval_tokens=1,
+        seconds=1,
+    )
+    return [run, *done, last, EventRecord(event="finished", step=steps)]
+
+
+class Done(Handle):
+    def __init__(self, code: int | None, stops: int | None = 75) -> None:
+        self.code, self.stops = code, stops
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self) -> None:
+        self.code = self.stops if self.code is None else self.code
+
+
+class Instant(Executor):
+    """Writes the records of a finished run, or does as ``codes`` says for a name, in turn."""
+
+    def __init__(self, workers: int = 2, **codes: list[int | None]) -> None:
+        super().__init__(ExecutorSection(workers=workers))
+        self.codes = {name.replace("_", "-"): values for name, values in codes.items()}
+        self.jobs: list[Job] = []
+
+    @property
+    def slots(self) -> int:
+        return self.section.workers or 1
+
+    def submit(self, job: Job) -> Done:
+        self.jobs.append(job)
+        codes = self.codes.get(job.name, [])
+        code = codes.pop(0) if codes else 0
+        if code == 0:
+            config = yaml.safe_load(Path(job.command[4]).read_text())
+            path = Path(job.command[-1]) / job.name
+            path.mkdir(parents=True)
+            rate = config["optimizer"]["learning_rate"]
+            for record in run_records(config, loss=abs(rate - 2e-3) + 1):
+                RecordFile(path / "records.jsonl").append(record)
+        elif code is not None:
+            job.log.write_text(f"first line\n{job.name} went wrong\n")
+        return Done(code)
+
+    @property
+    def names(self) -> list[str]:
+        return [job.name for job in self.jobs]
+
+
+def run_queue(
+    file: LadderFile, path: Path, executor: Instant, records: Path | None = None
+) -> tuple[State, list[Failure]]:
+    failures: list[Failure] = []
+    queue = Queue(
+        Plan(file),
+        LadderFolder(path, records),
+        executor,
+        on_failure=failures.append,
+        poll_seconds=0.001,
+    )
+    return queue.run(), failures
+
+
+def test_everything_once_and_nothing_twice(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    file, first, again = ladder(), Instant(), Instant()
+    state, failures = run_queue(file, tmp_path / "runs", first)
+    assert first.names == [run.name for run in state.runs]
+    assert set(state.losses) == set(first.names)
+    assert not failures
+    (tmp_path / "runs/dense-b-s0/records.jsonl").unlink()
+    (tmp_path / "runs/dense-b-s0").rmdir()
+    state, _ = run_queue(file, tmp_path / "runs", again)
+    assert again.names == ["dense-b-s0"]
+    assert state.count(Status.DONE) == 6
+
+
+def test_a_run_is_a_recipe_that_anyone_can_run(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    executor = Instant()
+    run_queue(ladder(), tmp_path / "runs", executor)
+    job = executor.jobs[0]
+    recipe = tmp_path / "runs/dense-a-s0.yaml"
+    assert job.command[1:] == (
+        "-m", "factorlm", "train", str(recipe), "--runs-dir", str(tmp_path / "runs"),
+    )  # fmt: skip
+    assert yaml.safe_load(recipe.read_text())["labels"]["family"] == "dense"
+    assert job.env == {"OMP_NUM_THREADS": "1"}
+
+
+def test_at_most_so_many_at_a_time(ladder: Callable[..., LadderFile], tmp_path: Path) -> None:
+    file, seen = ladder(), []
+    queue = Queue(
+        Plan(file),
+        LadderFolder(tmp_path / "runs"),
+        Instant(workers=2),
+        on_state=lambda state: seen.append(state.count(Status.RUNNING)),
+        poll_seconds=0.001,
+    )
+    queue.run()
+    assert max(seen) == 2
+
+
+def test_a_failure_is_tried_once_more_and_stops_nothing(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    executor = Instant(dense_a_s0=[8, 0], dense_b_s0=[8, 8])
+    state, failures = run_queue(ladder(), tmp_path / "runs", executor)
+    told = [(failure.run.name, failure.exit_code, failure.is_final) for failure in failures]
+    assert sorted(told) == [
+        ("dense-a-s0", 8, False),
+        ("dense-b-s0", 8, False),
+        ("dense-b-s0", 8, True),
+    ]
+    assert failures[0].last_lines.endswith("went wrong")
+    assert state.status["dense-b-s0"] is Status.FAILED
+    assert state.count(Status.DONE) == 5
+    later, _ = run_queue(ladder(), tmp_path / "runs", Instant())
+    assert later.count(Status.DONE) == 6
+
+
+def test_an_interrupted_run_goes_on_and_is_no_failure(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    executor = Instant(dense_a_s0=[75, 75, 75])
+    state, failures = run_queue(ladder(), tmp_path / "runs", executor)
+    assert executor.names.count("dense-a-s0") == 4
+    assert state.count(Status.DONE) == 6
+    assert not failures
+
+
+def test_rates_are_tuned_first_and_then_used(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    executor = Instant()
+    state, _ = run_queue(ladder(rate=TUNE), tmp_path / "runs", executor)
+    assert executor.names[:2] == ["tune-dense-a-0.001", "tune-dense-a-0.002"]
+    assert executor.names.index("tune-dense-a-0.004") < executor.names.index("dense-a-s0")
+    assert {run.rate for run in state.runs if run.stage == "main"} == {2e-3}
+    assert state.count(Status.DONE) == 12
+
+
+def test_a_family_whose_rates_all_fail_waits_and_others_go_on(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    codes = {f"tune-dense-a-{rate:g}": [8, 8] for rate in (1e-3, 2e-3, 4e-3)}
+    executor = Instant()
+    executor.codes = codes  # type: ignore[assignment]
+    state, _ = run_queue(ladder(rate=TUNE), tmp_path / "runs", executor)
+    assert {state.status[f"dense-{size}-s0"] for size in "abc"} == {Status.WAITING}
+    assert {state.status[f"low_rank-{size}-s0"] for size in "abc"} == {Status.DONE}
+
+
+def test_a_changed_recipe_is_noticed(ladder: Callable[..., LadderFile], tmp_path: Path) -> None:
+    run_queue(ladder(), tmp_path / "runs", Instant())
+    changed = ladder(tokens={"rule": "fixed", "num_tokens": 5 * 128})
+    with pytest.raises(ConfigError, match=r"batch\.num_tokens=640, was 384"):
+        run_queue(changed, tmp_path / "runs", Instant())
+
+
+def test_published_records_are_enough_and_thin(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    published, again = tmp_path / "published", Instant()
+    run_queue(ladder(), tmp_path / "runs", Instant(), published)
+    records = list(RecordFile(published / "dense-a-s0.jsonl"))
+    assert [r.step for r in records if isinstance(r, StepRecord)] == [3]
+    assert [type(r) for r in records] == [RunRecord, StepRecord, EvalRecord, EventRecord]
+    state, _ = run_queue(ladder(), tmp_path / "elsewhere", again, published)
+    assert again.names == []
+    assert state.count(Status.DONE) == 6
+
+
+def test_two_queues_do_not_share_a_folder(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    with (
+        folder_lock(tmp_path / "runs", owner="factorlm scale run"),
+        pytest.raises(StorageError, match="in use by factorlm scale run"),
+    ):
+        run_queue(ladder(), tmp_path / "runs", Instant())
+
+
+def test_a_signal_lets_what_runs_end_and_starts_nothing_more(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    executor = Instant(workers=1, dense_a_s0=[None])
+    queue = Queue(
+        Plan(ladder()),
+        LadderFolder(tmp_path / "runs"),
+        executor,
+        on_state=lambda state: os.kill(os.getpid(), signal.SIGINT),
+        poll_seconds=0.001,
+    )
+    state = queue.run()
+    assert queue.was_stopped
+    assert executor.names == ["dense-a-s0"]
+    assert state.count(Status.DONE) == 0
+    assert not list((tmp_path / "runs").glob(".stop-*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_is_under_way_is_waited_for(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    """As after a queue was killed: its runs go on without it."""
+    file, executor = ladder(), Instant()
+    folder = LadderFolder(tmp_path / "runs")
+    run = Plan(file).runs({})[0]
+    held = folder_lock(folder.path / run.name, owner="factorlm train")
+    held.__enter__()
+    turns: list[Status] = []
+
+    def watch(state: State) -> None:
+        turns.append(state.status[run.name])
+        if len(turns) == 5:
+            for record in run_records(run.config.to_dict(), 1.0):
+                RecordFile(folder.path / run.name / "records.jsonl").append(record)
+            held.__exit__(None, None, None)
+
+    state = Queue(Plan(file), folder, executor, on_state=watch, poll_seconds=0.001).run()
+    assert turns[:5] == [Status.RUNNING] * 5
+    assert run.name not in executor.names
+    assert state.count(Status.DONE) == 6
