@@ -60,7 +60,8 @@ def _link(link: re.Match[str], source: Path, file: File, files: Files) -> str:
         relative = os.path.relpath(name, os.path.dirname(file.src_uri))
         return f"[{link[1]}]({relative}{hash_sign}{anchor})"
     if (ROOT / target).exists() and target.parts[0] != "docs":
-        return f"{link[1]} (`{target.as_posix()}`)" if str(target) not in link[1] else link[1]
+        shown = target.as_posix()
+        return f"`{shown}`" if link[1].strip("`/") == shown else f"{link[1]} (`{shown}`)"
     return link[0]
 
 

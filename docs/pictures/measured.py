@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from style import COLORS, FAINT, INK, figure
 
 from factorlm.records import BenchmarkRecord, RecordFile
@@ -35,7 +35,7 @@ def premerge() -> Figure:
     for axes, dtype in zip(panels, ("fp32", "bf16"), strict=True):
         _latencies(axes, [record for record in records if record.settings["dtype"] == dtype])
         axes.set(title=dtype, xlabel="tokens of a call", xscale="log", yscale="log")
-        axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 1024]))
+        axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 1024, 8192]))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
@@ -72,7 +72,7 @@ def accounting() -> Figure:
     }
     drawn = figure(4.2)
     above, below = drawn.subplots(2, 1)
-    _parts(above, found)
+    _parts(above, {label: one for label, one in found.items() if one.plan.guide is None})
     _conventions(below, found)
     return drawn
 
@@ -100,6 +100,7 @@ def _conventions(axes: Axes, found: Mapping[str, Description]) -> None:
         axes.barh(places + offset, flops, color=color, alpha=0.6, height=0.3, label=kind)
     axes.set_yticks(places, list(found))
     axes.set(title="training FLOPs of the run")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
     _finish_bars(axes)
 
@@ -121,7 +122,7 @@ def scaling() -> Figure:
     for (name, (compute, loss)), color in zip(families.items(), COLORS, strict=False):
         line = fit_line(compute, loss)
         places = np.geomspace(compute.min() / 1.3, compute.max() * 1.3, 40)
-        label = f"{name}: slope {line.slope:.4f} ± {line.slope_high - line.slope:.4f}"
+        label = f"{name}: slope −{-line.slope:.4f} ± {line.slope_high - line.slope:.4f}"
         above.plot(places, line.predict(places), color=color, lw=1.4)
         above.fill_between(places, *line.band(places), color=color, alpha=0.12, lw=0)
         above.plot(compute, loss, color=color, ls="", marker="o", ms=4.5, label=label)
