@@ -38,6 +38,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The page with links as the site has them, and fences without words for the tests."""
     source = Path(str(page.file.abs_src_path)).relative_to(ROOT)
+    if source.name == "results.md":  # tables of a thousand numbers hide what is searched for
+        page.meta["search"] = {"exclude": True}
     pieces, end = [], 0
     for fence in FENCE.finditer(markdown):
         pieces += [_links(markdown[end : fence.start()], source, page.file, files)]
@@ -61,7 +63,8 @@ def _link(link: re.Match[str], source: Path, file: File, files: Files) -> str:
         return f"[{link[1]}]({relative}{hash_sign}{anchor})"
     if (ROOT / target).exists() and target.parts[0] != "docs":
         shown = target.as_posix()
-        return f"`{shown}`" if link[1].strip("`/") == shown else f"{link[1]} (`{shown}`)"
+        says_it = link[1].strip("`/").lower() in shown.lower()
+        return f"`{shown}`" if says_it else f"{link[1]} (`{shown}`)"
     return link[0]
 
 
