@@ -141,7 +141,7 @@ def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
     assert committed == {path.name for path in tmp_path.iterdir()}
     for name in sorted(committed):
         (text, numbers), (new_text, new_numbers) = drawn(IMAGES / name), drawn(tmp_path / name)
-        assert text == new_text, name
+        assert text == new_text, f"{name}: python docs/pictures draws it anew"
         np.testing.assert_allclose(numbers, new_numbers, atol=0.01, err_msg=name)
 
 

@@ -1,4 +1,7 @@
-"""Draw the pictures of the pages: ``python docs/pictures [folder]``, by default ``docs/images``."""
+"""Draw the pictures of the pages: ``python docs/pictures [folder]``, by default ``docs/images``.
+
+Needs the extra ``dev``. Counts and fits are made anew, measurements are read from the reports.
+"""
 
 from __future__ import annotations
 
