@@ -69,12 +69,10 @@ def save(drawn: Figure, path: Path) -> None:
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"(?<=: )#[0-9a-fA-F]{6}\b", _variable, buffer.getvalue())
-    style = f"<style>:root{{{_values(dict.fromkeys(DARK))}}}@media(prefers-color-scheme:dark)"
-    style += f"{{:root{{{_values(DARK)}}}}}</style>"
-    lines = [
-        line.rstrip() for line in text.replace(" <defs>", f" {style}\n <defs>", 1).splitlines()
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    light, dark = _values({color: color for color in DARK}), _values(DARK)
+    style = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    lines = text.replace(" <defs>", f" {style}\n <defs>", 1).splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
 
 
 def _variable(color: re.Match[str]) -> str:
@@ -83,8 +81,8 @@ def _variable(color: re.Match[str]) -> str:
     return f"var({name})" if name else color[0]
 
 
-def _values(colors: dict[str, str] | dict[str, None]) -> str:
-    return "".join(f"{_name(light)}:{dark or light};" for light, dark in colors.items())
+def _values(colors: dict[str, str]) -> str:
+    return "".join(f"{_name(light)}:{value};" for light, value in colors.items())
 
 
 def _name(color: str) -> str:
