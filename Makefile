@@ -4,7 +4,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench clean
+.PHONY: help demo test check lint format bench docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -34,6 +34,10 @@ bench: .venv/.plots  ## linears and FFNs on this machine, each beside its bar (2
 	  --passes forward+backward --rounds 5
 	$(BIN)/factorlm bench ffn --passes forward+backward
 
+docs: .venv/.docs  ## the documentation site, in build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+	@echo 'open build/docs/index.html; to search too: $(BIN)/python -m http.server -d build/docs'
+
 clean:  ## remove the environment and caches, not runs or data
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
@@ -46,6 +50,10 @@ clean:  ## remove the environment and caches, not runs or data
 	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e '.[plots]'
 	@touch $@
 
+.venv/.docs: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e '.[dev]'
-	@touch $@ .venv/.plots
+	@touch $@ .venv/.plots .venv/.docs

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from factorlm.cli.main import command_names, full_names, main
+from factorlm.hf import preset_config
 from factorlm.layers import STRUCTURES
 from factorlm.scaling.ladder import load_ladder
 from factorlm.scaling.ladder.plan import Plan
@@ -114,8 +115,12 @@ def test_the_structure_of_the_page_passes_the_battery(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=name_of)
-def test_yaml_is_part_of_a_recipe(page: Path) -> None:
-    """Each block over the demo's recipe is a run that can be built."""
+def test_yaml_is_part_of_a_recipe(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block over the demo's recipe is a run that can be built; ``my_dense_model`` is one."""
+    monkeypatch.chdir(tmp_path)
+    preset_config("gpt_nano").save_pretrained("my_dense_model")
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block.text)
         values.pop("extends", None)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from factorlm.layers import StructuredLinear
 
 LinearModule: TypeAlias = nn.Linear | Conv1D | StructuredLinear
+"""What counts as a linear layer."""
 
 
 def is_linear(module: nn.Module) -> TypeGuard[LinearModule]:

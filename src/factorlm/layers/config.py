@@ -125,6 +125,7 @@ class StructureConfig(Config, ABC):
 
 
 STRUCTURES: Registry[type[StructureConfig]] = Registry("structure")
+"""Name to config class: what recipes and files call a structure."""
 
 
 def register_structure(

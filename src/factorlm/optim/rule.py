@@ -67,3 +67,4 @@ class Rule(ABC):
 
 
 RULES: Registry[Rule] = Registry("optimizer rule")
+"""What a group of ``FactorOptimizer`` names as its ``rule``."""

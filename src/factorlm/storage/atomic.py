@@ -20,6 +20,7 @@ from factorlm.storage import fileops
 
 TEMPORARY_PREFIX = ".tmp-"
 MANIFEST_FILE = "manifest.json"
+"""Written last: a folder that has one is complete."""
 FREE_SPACE_MARGIN = 1.1
 
 PathLike = str | os.PathLike[str]
