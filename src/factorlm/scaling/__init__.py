@@ -1,5 +1,6 @@
 """Scaling laws: fits with intervals, and the published points. Works without torch."""
 
+from factorlm.scaling.fit.bands import power_law_bands
 from factorlm.scaling.fit.chinchilla import ChinchillaFit, OptimalSize, fit_chinchilla
 from factorlm.scaling.fit.compare import (
     Comparison,
@@ -37,6 +38,7 @@ __all__ = [
     "fit_power_laws",
     "hold_out_largest",
     "hold_out_largest_of",
+    "power_law_bands",
     "published_families",
     "published_records",
     "slopes_over_entropy",
