@@ -19,6 +19,15 @@ def claim_sentences(comparison: Comparison, turning: float) -> list[str]:
     ]
 
 
+def shared_sentences(comparison: Comparison) -> list[str]:
+    """On one family against another by laws whose E is fitted with all other parameters."""
+    slopes = comparison.slopes
+    return [
+        f"With E fitted, at loss {slopes.loss:.2f}: {_slope_sentence(comparison)}",
+        f"{comparison.other} and {comparison.base}: {comparison.crossing}.",
+    ]
+
+
 def _slope_sentence(comparison: Comparison) -> str:
     slopes = comparison.slopes
     verdict = {

@@ -17,6 +17,7 @@ from factorlm.errors import ConfigError
 from factorlm.report.benchmarks import bars_table, benchmark_table, benchmark_title
 from factorlm.report.compare import METRICS
 from factorlm.report.facts import (
+    data_notes,
     differences,
     flat,
     hardware_label,
@@ -157,14 +158,7 @@ def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
 
 def _notes(runs: Sequence[ReportRun]) -> list[str]:
     """What keeps losses from being compared, and loss spikes."""
-    fields = ("data.path", "data.context_length", "data.tokenizer")
-    configs = [flat(run.summary.run.config) for run in runs]
-    values = {field: {str(config.get(field)) for config in configs} for field in fields}
-    notes = [
-        f"{field} differs, so losses cannot be compared between all runs: {', '.join(sorted(v))}"
-        for field, v in values.items()
-        if len(v) > 1
-    ]
+    notes = data_notes([run.summary.run.config for run in runs])
     spiked = [f"{run.label} ({len(run.summary.spikes)})" for run in runs if run.summary.spikes]
     return notes + ([f"Loss spikes: {', '.join(spiked)}"] if spiked else [])
 

@@ -33,6 +33,8 @@ class ScalingCurve:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     """The band at each of ``compute``; empty without one."""
+    law: str = ""
+    """Which law it is. Where there are several, the page has a choice between them."""
 
 
 def page_json(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from factorlm.report.facts import differences, flat
+from factorlm.report.facts import data_notes, differences
 from factorlm.report.families import label_of
 from factorlm.report.reading import ReportRun
 from factorlm.report.tables import format_count
@@ -229,11 +229,8 @@ def _point(runs: Sequence[_Run]) -> Point:
 
 def _cautions(runs: Sequence[ReportRun]) -> Iterator[str]:
     """What keeps losses from being compared."""
-    configs = [flat(run.summary.run.config) for run in runs]
-    for field in ("data.path", "data.context_length", "data.tokenizer"):
-        values = sorted({str(config.get(field)) for config in configs})
-        if len(values) > 1:
-            yield f"{field} differs, so losses may not be comparable: {', '.join(values)}."
+    for note in data_notes([run.summary.run.config for run in runs]):
+        yield f"{note}."
     texts = sorted({run.summary.last.num_eval_tokens for run in runs if run.summary.last})
     if len(texts) > 1:
         counts = ", ".join(f"{tokens:,}" for tokens in texts)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from factorlm.report.figures import COLORS, save_picture
+from factorlm.report.payload import ScalingCurve
 from factorlm.report.tables import Table, format_power, format_scientific
 from factorlm.scaling import (
     Comparison,
     HeldOut,
     LineFit,
+    PowerLawFit,
     SlopeDifference,
     fit_line,
 )
@@ -45,47 +47,70 @@ def lines_table(
 ) -> Table:
     """A row a family: its slope in log–log, how it differs from ``base``, and why."""
     level = percent(lines[base].level)
-    header = (
-        "family",
-        "slope",
-        level,
-        f"less {base}",
-        level,
-        "p",
-        "by FLOPs",
-        "by loss gap",
-        level,
-    )
+    header = ["family", "slope", level]
+    if comparisons:
+        header += [f"less {base}", level, "p", "by FLOPs", "by loss gap", level]
     rows = [_line_row(name, line, comparisons.get(name)) for name, line in lines.items()]
-    return Table(header=header, rows=tuple(rows))
+    return Table(
+        header=tuple(header),
+        rows=tuple((*row, *[""] * (len(header) - len(row))) for row in rows),
+    )
 
 
 def _line_row(name: str, line: LineFit, comparison: Comparison | None) -> tuple[str, ...]:
-    row = [name, f"{line.slope:.4f}", f"± {line.slope_high - line.slope:.4f}"]
+    width = line.slope_high - line.slope
+    row: tuple[str, ...]
+    row = (name, f"{line.slope:.4f}", f"± {width:.4f}" if math.isfinite(width) else "not known")
     if comparison is None:
-        return (*row, *[""] * 6)
+        return row
     slopes, split = comparison.slopes, comparison.split
-    row += [f"{slopes.difference:+.4f}", between(slopes.low, slopes.high), f"{slopes.p_value:.2f}"]
+    difference = between(slopes.low, slopes.high)
+    row = (*row, f"{slopes.difference:+.4f}", difference, f"{slopes.p_value:.2f}")
     if split is None:
-        return (*row, *[""] * 3)
+        return row
     gap = between(split.gap_part_low, split.gap_part_high)
     return (*row, f"{split.flops_part:+.4f}", f"{split.gap_part:+.4f}", gap)
 
 
-def entropy_table(over: Mapping[str, Sequence[SlopeDifference]], base: str) -> Table:
-    """A row for each shared E: γ of every family, and slopes less that of ``base``."""
+def gamma_table(
+    over: Sequence[Mapping[str, PowerLawFit]], fitted: Mapping[str, PowerLawFit], loss: float
+) -> Table:
+    """A row for each shared E, and one for the fitted one: γ of every family with its interval,
+    and its local slope d log(loss) / d log(FLOPs) at ``loss``."""
+    first = next(iter(fitted.values()))
+    header = ["shared E"]
+    for name in fitted:
+        header += [f"γ {name}", percent(first.level), f"slope at {loss:.2f}"]
+    rows = []
+    for laws, mark in [*((laws, "") for laws in over), (fitted, ", fitted")]:
+        row = [f"{next(iter(laws.values())).E:.2f}{mark}"]
+        for law in laws.values():
+            interval = f"{law.gamma_low:.4f} to {law.gamma_high:.4f}"
+            row += [f"{law.gamma:.4f}", interval, f"{law.local_slope(loss):.4f}"]
+        rows.append(tuple(row))
+    return Table(header=tuple(header), rows=tuple(rows))
+
+
+def entropy_table(
+    over: Mapping[str, Sequence[SlopeDifference]], fitted: Mapping[str, SlopeDifference], base: str
+) -> Table:
+    """A row for each shared E, and one for the fitted one: local slopes less that of ``base``."""
     names = list(over)
     level = percent(over[names[0]][0].level)
-    differences = [title for name in names for title in (f"{name} less {base}", level)]
+    header = ["shared E", *(title for name in names for title in (f"{name} less {base}", level))]
     rows = []
-    for slopes in zip(*over.values(), strict=True):
-        row = [f"{slopes[0].E:.2f}", f"{slopes[0].base_gamma:.4f}"]
-        row += [f"{found.other_gamma:.4f}" for found in slopes]
+    lines = [*zip(*over.values(), strict=True), tuple(fitted[name] for name in names)]
+    for slopes in lines:
+        row = [f"{slopes[0].E:.2f}" + (", fitted" if slopes is lines[-1] else "")]
         for found in slopes:
             row += [f"{found.difference:+.4f}", between(found.low, found.high)]
         rows.append(tuple(row))
-    gammas = [f"γ {name}" for name in (base, *names)]
-    return Table(header=("shared E", *gammas, *differences), rows=tuple(rows))
+    return Table(header=tuple(header), rows=tuple(rows))
+
+
+def slopes_of(comparisons: Mapping[str, Comparison]) -> dict[str, SlopeDifference]:
+    """The slope difference of each."""
+    return {name: comparison.slopes for name, comparison in comparisons.items()}
 
 
 def multiplier_table(comparison: Comparison) -> Table:
@@ -127,15 +152,18 @@ def plot_scaling(
     path: str | os.PathLike[str],
     *,
     over: Mapping[str, Sequence[SlopeDifference]],
+    laws: Sequence[ScalingCurve] = (),
+    level: float = 0.95,
+    xlabel: str = "training FLOPs",
 ) -> Path:
-    """Loss against FLOPs with straight lines and their bands; beside it, who is steeper at which E.
+    """Loss against FLOPs with straight lines and their bands; beside it ``laws`` over the same
+    points, and who is steeper at which E, where there are any.
 
     ``over`` is what ``slopes_over_entropy`` found. Written to ``path`` in the format of its suffix;
     errors are those of ``plot_losses`` and of ``fit_line``.
     """
-    level = next(iter(over.values()))[0].level
     lines = {name: fit_line(*points, level=level) for name, points in families.items()}
-    return save_picture(lambda: _draw(families, lines, over, base), path)
+    return save_picture(lambda: _draw(families, lines, over, base, laws, xlabel), path)
 
 
 def _draw(
@@ -143,25 +171,30 @@ def _draw(
     lines: Mapping[str, LineFit],
     over: Mapping[str, Sequence[SlopeDifference]],
     base: str,
+    laws: Sequence[ScalingCurve] = (),
+    xlabel: str = "training FLOPs",
 ) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
+    count = 1 + bool(laws) + bool(over)
+    figure = Figure(figsize=(5.5 * count, 4.6), layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.06})[0])
     colors = dict(zip(families, _cycle(len(families)), strict=True))
-    for name, points in families.items():
-        _draw_family(left, name, points, lines[name], colors[name])
-    _finish_loss(left, np.concatenate([loss for _, loss in families.values()]))
-    for name, slopes in over.items():
-        _draw_differences(right, slopes, colors[name])
-    right.axhline(0, color="#666666", lw=1)
-    right.set_xlabel("shared entropy E (nats)")
-    right.set_ylabel(f"slope less that of {base}")
     level = percent(next(iter(lines.values())).level)
-    right.set_title(f"below 0: steeper than {base} (bands: {level})", loc="left", fontsize=10)
-    left.set_title(f"straight lines in log–log (bands: {level})", loc="left", fontsize=10)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    for name, points in families.items():
+        _draw_family(panels[0], name, points, lines[name], colors[name])
+    panels[0].set_title(f"straight lines in log–log (bands: {level})", loc="left", fontsize=10)
+    if laws:
+        for law in laws:
+            _draw_law(panels[1], law, families[law.family], colors[law.family])
+        panels[1].set_title(f"E + A·C^−γ, shared E (bands: {level})", loc="left", fontsize=10)
+    losses = np.concatenate([loss for _, loss in families.values()])
+    for axes in panels[: 1 + bool(laws)]:
+        _finish_loss(axes, losses, xlabel)
+    if over:
+        _draw_all_differences(panels[-1], over, colors, base, level)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(2 * count, len(labels)))
     return figure
 
 
@@ -185,12 +218,20 @@ def _draw_family(
     axes.plot(compute, loss, color=color, ls="", marker="o", ms=5, label=label)
 
 
-def _finish_loss(axes: Axes, loss: np.ndarray) -> None:
+def _draw_law(
+    axes: Axes, law: ScalingCurve, points: tuple[np.ndarray, np.ndarray], color: str
+) -> None:
+    axes.plot(law.compute, law.loss, color=color, lw=1.4)
+    axes.fill_between(law.compute, law.low, law.high, color=color, alpha=0.15, lw=0)
+    axes.plot(*points, color=color, ls="", marker="o", ms=5)
+
+
+def _finish_loss(axes: Axes, loss: np.ndarray, xlabel: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("training FLOPs")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel("validation loss (nats per token)")
     step = 0.2 if np.ptp(loss) < 2 else 0.5
     ticks = np.arange(np.floor(loss.min() / step), np.ceil(loss.max() / step) + 1) * step
@@ -199,6 +240,21 @@ def _finish_loss(axes: Axes, loss: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1f}"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
     axes.set_ylim(loss.min() * 0.975, loss.max() * 1.025)
+
+
+def _draw_all_differences(
+    axes: Axes,
+    over: Mapping[str, Sequence[SlopeDifference]],
+    colors: Mapping[str, str],
+    base: str,
+    level: str,
+) -> None:
+    for name, slopes in over.items():
+        _draw_differences(axes, slopes, colors[name])
+    axes.axhline(0, color="#666666", lw=1)
+    axes.set_xlabel("shared entropy E (nats)")
+    axes.set_ylabel(f"slope less that of {base}")
+    axes.set_title(f"below 0: steeper than {base} (bands: {level})", loc="left", fontsize=10)
 
 
 def _draw_differences(axes: Axes, slopes: Sequence[SlopeDifference], color: str) -> None:
