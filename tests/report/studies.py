@@ -63,21 +63,22 @@ def write_ladder(
 
 
 def write_grid(folder: Path, law: Law, *, noise: float = 0.0, family: str = "dense") -> Path:
-    """Five sizes for each of four budgets, FLOPs = 6·N·D."""
+    """Five sizes on each of four budgets, FLOPs = 6·N·D, executed ones 1.1 times that."""
     draw = np.random.default_rng(0)
-    for flops in np.geomspace(1e15, 1e18, 4):
-        for share in (0.25, 0.5, 1.0, 2.0, 4.0):
-            num_params = share * math.sqrt(flops / 120)
+    for budget in range(4):
+        flops = 1e15 * 10**budget
+        for size in range(budget, budget + 5):
+            num_params = 5e5 * 3**size
             tokens = flops / (6 * num_params)
-            labels = {"ladder": "grid", "family": family, "stage": "main"}
+            labels = {"ladder": "grid", "family": family, "size": f"w{size}", "stage": "main"}
             write_run(
                 folder,
-                f"{family}-{num_params:.3g}-{flops:.3g}",
-                num_params=round(num_params, -3),
+                f"{family}-w{size}-{flops:g}",
+                num_params=num_params,
                 num_tokens=tokens,
                 flops=flops,
                 loss=law(num_params, tokens, flops) * math.exp(draw.normal(0, noise)),
-                labels=labels | {"size": f"{num_params:.2g}"},
+                labels=labels,
             )
     return folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from factorlm.report.scaling import between, percent
+from factorlm.report.scaling import between, chance, percent
 from factorlm.scaling import Comparison, PowerLawFit
 
 
@@ -38,8 +38,14 @@ def _slope_sentence(comparison: Comparison) -> str:
     interval = f"{percent(slopes.level)}: {between(slopes.low, slopes.high)}"
     return (
         f"{comparison.other} against {comparison.base}: slopes differ by "
-        f"{slopes.difference:+.4f} ({interval}; p = {slopes.p_value:.2f}): {verdict}."
+        f"{slopes.difference:+.4f} ({interval}; {_p_text(slopes.p_value)}): {verdict}."
     )
+
+
+def _p_text(p_value: float) -> str:
+    """``p = 0.24`` or ``p < 0.001``."""
+    text = chance(p_value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _split_sentence(comparison: Comparison) -> list[str]:
@@ -50,7 +56,7 @@ def _split_sentence(comparison: Comparison) -> list[str]:
     return [
         f"Of that, {split.flops_part:+.4f} is the ratio of FLOPs changing with size, which "
         f"{comparison.base}'s very losses would show too, and {split.gap_part:+.4f} the loss gap "
-        f"changing ({interval}; p = {split.gap_p_value:.2f})."
+        f"changing ({interval}; {_p_text(split.gap_p_value)})."
     ]
 
 

@@ -145,9 +145,8 @@ def _notes(study: Study, families: Families, analysis: Analysis) -> Iterator[str
         family = study.families[name]
         if family.is_grid:
             yield (
-                f"{name}: its sizes are trained for several numbers of tokens each; laws of FLOPs "
-                f"are of the {len(family.frontier)} of {len(family.points)} points that no cheaper "
-                "one beats."
+                f"{name}: sizes and tokens vary apart from each other; laws of FLOPs are of the "
+                f"{len(family.frontier)} of {len(family.points)} points that no cheaper one beats."
             )
     for name, line in analysis.lines.items():
         for warning in line.warnings:
@@ -214,7 +213,7 @@ def _why_no_chinchilla(
     family: FamilyPoints, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray
 ) -> str | None:
     if not family.is_grid:
-        return "each size is trained for one number of tokens"
+        return "each size is trained for one number of tokens, which goes with it"
     if len(loss) < MIN_CHINCHILLA_RUNS:
         return f"it has {len(loss)} runs, and its five parameters need {MIN_CHINCHILLA_RUNS}"
     if min(len(np.unique(params)), len(np.unique(tokens))) < 2:

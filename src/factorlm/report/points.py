@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +71,11 @@ class FamilyPoints:
 
     @property
     def is_grid(self) -> bool:
-        """Whether a size was trained for several numbers of tokens."""
-        return len(self.sizes) < len(self.points)
+        """Whether sizes and tokens vary apart from each other: a size was trained for several
+        numbers of tokens, or several sizes on one budget."""
+        flops = [point.flops for point in self.points]
+        has_budget = any(b <= SAME_COMPUTE * a for a, b in itertools.pairwise(flops))
+        return has_budget or len(self.sizes) < len(self.points)
 
     @property
     def frontier(self) -> tuple[Point, ...]:

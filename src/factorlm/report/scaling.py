@@ -37,6 +37,13 @@ def between(low: float, high: float, decimals: int = 4) -> str:
     return f"{low:+.{decimals}f} to {high:+.{decimals}f}"
 
 
+def chance(p_value: float) -> str:
+    """``0.24``, ``0.003``, ``< 0.001``."""
+    if math.isnan(p_value):
+        return "not known"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.{2 if p_value >= 0.01 else 3}f}"
+
+
 def percent(level: float) -> str:
     """``95 %``."""
     return f"{100 * level:g} %"
@@ -65,7 +72,7 @@ def _line_row(name: str, line: LineFit, comparison: Comparison | None) -> tuple[
         return row
     slopes, split = comparison.slopes, comparison.split
     difference = between(slopes.low, slopes.high)
-    row = (*row, f"{slopes.difference:+.4f}", difference, f"{slopes.p_value:.2f}")
+    row = (*row, f"{slopes.difference:+.4f}", difference, chance(slopes.p_value))
     if split is None:
         return row
     gap = between(split.gap_part_low, split.gap_part_high)
