@@ -10,11 +10,12 @@ from factorlm.report.compare import (
     read_runs,
 )
 from factorlm.report.figures import plot_losses
+from factorlm.report.laws import report_fits
 from factorlm.report.markdown import report_markdown
 from factorlm.report.monitors import plot_monitors
 from factorlm.report.page import write_page
 from factorlm.report.paper import write_figures
-from factorlm.report.payload import ScalingCurve
+from factorlm.report.payload import ScalingCurve, ScalingFits
 from factorlm.report.reading import Report, ReportRun, gather
 from factorlm.report.tables import Table
 
@@ -23,6 +24,7 @@ __all__ = [
     "ReportRun",
     "RunSummary",
     "ScalingCurve",
+    "ScalingFits",
     "Table",
     "comparison_json",
     "comparison_notes",
@@ -33,6 +35,7 @@ __all__ = [
     "plot_monitors",
     "read_run",
     "read_runs",
+    "report_fits",
     "report_markdown",
     "write_figures",
     "write_page",

@@ -80,7 +80,7 @@ def analyse(families: Families, base: str, entropies: Sequence[float], level: fl
             shared=(
                 compare_power_laws(families, base, level=level) if others and may_share else {}
             ),
-            middle_loss=_middle_loss(families),
+            middle_loss=middle_loss(families),
             laws_over=tuple(fit_power_laws(families, E=E, level=level) for E in entropies),
             over_entropy=(
                 slopes_over_entropy(families, base, entropies, level=level) if others else {}
@@ -104,7 +104,8 @@ def most_sizes(families: Families) -> int:
     return max(len(np.unique(compute)) for compute, _ in families.values())
 
 
-def _middle_loss(families: Families) -> float:
+def middle_loss(families: Families) -> float:
+    """Amid the losses that all families have, in nats."""
     highest = min(loss.max() for _, loss in families.values())
     lowest = max(loss.min() for _, loss in families.values())
     return float(np.sqrt(highest * lowest))

@@ -80,7 +80,11 @@ def _multiplier_sentence(comparison: Comparison) -> list[str]:
 
 
 def entropy_sentences(fit: PowerLawFit) -> list[str]:
-    """On the entropy that families share."""
+    """On the entropy that families share, and what the points cannot tell of it."""
+    return [entropy_sentence(fit), *(f"{text[0].upper()}{text[1:]}." for text in fit.warnings)]
+
+
+def entropy_sentence(fit: PowerLawFit) -> str:
+    """The entropy alone."""
     interval = f"{percent(fit.level)}: {fit.E_low:.2f} to {fit.E_high:.2f}"
-    first = f"A shared entropy E, fitted to all points: {fit.E:.2f} nats ({interval})."
-    return [first, *(f"{text[0].upper()}{text[1:]}." for text in fit.warnings)]
+    return f"A shared entropy E, fitted to all points: {fit.E:.2f} nats ({interval})."

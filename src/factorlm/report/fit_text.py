@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from factorlm.report.claims import claim_sentences, entropy_sentences, shared_sentences
+from factorlm.report.claims import claim_sentences, entropy_sentence, shared_sentences
 from factorlm.report.fits import Budget, StudyFits
 from factorlm.report.laws import shared_curves
 from factorlm.report.points import COUNTS, Study
@@ -136,7 +136,7 @@ def _entropy_section(fits: StudyFits) -> Section:
         title="One entropy E for all: loss = E + A·C^−γ",
         tables=tables,
         notes=[
-            *entropy_sentences(found.laws[found.base]),
+            entropy_sentence(found.laws[found.base]),
             *(text for one in found.shared.values() for text in shared_sentences(one)),
         ],
     )

@@ -18,6 +18,7 @@ from factorlm.report.points import FamilyPoints, Study
 from factorlm.report.scaling import Families
 from factorlm.scaling import (
     ChinchillaFit,
+    Comparison,
     FitWarning,
     OptimalSize,
     bootstrap,
@@ -83,7 +84,8 @@ def fit_study(
         raise DataError("\n".join(["no family has two sizes to fit", *study.notes, *notes]))
     base = base_of(families, base)
     analysis = analyse(families, base, entropy_range(families), level)
-    analysis = _with_honest_splits(analysis, study)
+    comparisons = honest_splits(analysis.comparisons, base, study)
+    analysis = dataclasses.replace(analysis, comparisons=comparisons)
     grids, reasons = _chinchilla_fits(study, level)
     return StudyFits(
         study=study,
@@ -121,16 +123,18 @@ def base_of(families: Mapping[str, object], wanted: str | None) -> str:
     return names[0]
 
 
-def _with_honest_splits(analysis: Analysis, study: Study) -> Analysis:
-    """Without the split of a slope difference where sizes are not the same ones in order."""
-    base = study.families[analysis.base]
-    comparisons = {
+def honest_splits(
+    comparisons: Mapping[str, Comparison], base: str, study: Study
+) -> dict[str, Comparison]:
+    """Comparisons with ``base``, without the split of a slope difference where both families do
+    not have the same sizes in order."""
+    first = study.families[base]
+    return {
         name: comparison
-        if _has_same_sizes(base, study.families[name])
+        if _has_same_sizes(first, study.families[name])
         else dataclasses.replace(comparison, split=None)
-        for name, comparison in analysis.comparisons.items()
+        for name, comparison in comparisons.items()
     }
-    return dataclasses.replace(analysis, comparisons=comparisons)
 
 
 def _has_same_sizes(base: FamilyPoints, other: FamilyPoints) -> bool:

@@ -2,22 +2,88 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 
 import numpy as np
 
-from factorlm.report.payload import ScalingCurve
-from factorlm.report.scaling import Families
-from factorlm.scaling import FitWarning, LineFit, PowerLawFit, power_law_bands
+from factorlm.report.analysis import middle_loss
+from factorlm.report.fits import base_of, fitted_families, honest_splits
+from factorlm.report.payload import ScalingCurve, ScalingFits
+from factorlm.report.points import Study, study_of
+from factorlm.report.reading import Report
+from factorlm.report.scaling import Families, gamma_table, lines_table
+from factorlm.scaling import (
+    FitWarning,
+    LineFit,
+    PowerLawFit,
+    ScipyMissingError,
+    compare_lines,
+    fit_line,
+    fit_power_laws,
+    power_law_bands,
+)
 
+LINES_TITLE = "Straight lines in log–log"
 LINE = "straight lines"
 SHARED = "E + A·C^−γ, shared E"
 """``ScalingCurve.law`` of the two laws that are drawn."""
 NUM_PLACES = 17
 """Of one curve; each place of a curved law's band is a fit of its own."""
+MIN_SIZES = 3
+"""Of a family whose law is drawn."""
+MAX_COMPARED = 8
+"""Families: a joint fit of more takes long, and nobody reads it."""
 MARGIN = 1.3
 """A curve goes so many times beyond the points."""
+
+
+def report_fits(report: Report, *, level: float = 0.95) -> ScalingFits:
+    """The laws of a report's families over executed FLOPs, and why others are not drawn.
+
+    A family needs three sizes: through two a line goes exactly. Where scipy is missing, the notes
+    say so and nothing is fitted. Raises ``ConfigError`` for a ``level`` that is none.
+    """
+    study = study_of(report.runs, "executed_flops")
+    families = {
+        name: points
+        for name, points in fitted_families(study)[0].items()
+        if len(np.unique(points[0])) >= MIN_SIZES
+    }
+    few = [name for name in report.families if name not in families]
+    if not families:
+        return ScalingFits(notes=(f"No family has {MIN_SIZES} sizes of finished runs to fit.",))
+    notes = [*study.notes]
+    if few:
+        notes.append(f"Not fitted, fewer than {MIN_SIZES} sizes: {', '.join(few)}.")
+    try:
+        fits = _fits(study, families, level)
+    except ScipyMissingError as error:
+        return ScalingFits(notes=(f"No fits: {error}",))
+    return dataclasses.replace(fits, notes=(*notes, *fits.notes))
+
+
+def _fits(study: Study, families: Families, level: float) -> ScalingFits:
+    base = base_of(families, None)
+    lines = {name: fit_line(*points, level=level) for name, points in families.items()}
+    curves = line_curves(families, lines)
+    if len(families) > MAX_COMPARED:
+        tables = {LINES_TITLE: lines_table(lines, {}, base)}
+        note = f"Over {MAX_COMPARED} families are not compared here: `factorlm scale fit` does it."
+        return ScalingFits(curves=curves, tables=tables, notes=(note,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # the notes say it
+        laws = fit_power_laws(families, level=level)
+    compared = compare_lines(families, base, level=level) if len(families) > 1 else {}
+    tables = {LINES_TITLE: lines_table(lines, honest_splits(compared, base, study), base)}
+    notes = dict.fromkeys(text for law in laws.values() for text in law.warnings)
+    if notes:
+        return ScalingFits(
+            curves=curves, tables=tables, notes=[f"{SHARED} is not drawn: {n}." for n in notes]
+        )
+    tables[SHARED] = gamma_table((), laws, middle_loss(families))
+    return ScalingFits(curves=[*shared_curves(families, laws, level), *curves], tables=tables)
 
 
 def line_curves(families: Families, lines: Mapping[str, LineFit]) -> list[ScalingCurve]:

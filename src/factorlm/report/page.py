@@ -25,7 +25,8 @@ from factorlm.report.facts import (
     recipe_yaml,
     reproduce_commands,
 )
-from factorlm.report.payload import ScalingCurve, page_json, speed_panels
+from factorlm.report.payload import NO_FITS, ScalingFits, page_json, speed_panels
+from factorlm.report.points import is_tuning
 from factorlm.report.reading import MAX_MONITORED, Report, ReportRun
 from factorlm.report.tables import format_seconds
 from factorlm.storage import atomic_write_text
@@ -46,17 +47,15 @@ UNITS = {
 }
 
 
-def write_page(
-    report: Report, path: str | os.PathLike[str], laws: Sequence[ScalingCurve] = ()
-) -> Path:
-    """Write the page to ``path``, whole or not at all; ``laws`` are drawn in the scaling chart.
+def write_page(report: Report, path: str | os.PathLike[str], fits: ScalingFits = NO_FITS) -> Path:
+    """Write the page to ``path``, whole or not at all; ``fits`` go with the scaling chart.
 
     Raises ``ConfigError`` for a name that does not end in .html and where Plotly or Jinja2 is
     missing, and ``StorageError`` where the file cannot be written.
     """
     path = Path(path)
     check_page_name(path)
-    atomic_write_text(path, render_page(report, laws))
+    atomic_write_text(path, render_page(report, fits))
     return path
 
 
@@ -65,7 +64,7 @@ def check_page_name(path: Path) -> None:
     check(path.suffix in SUFFIXES, f"{path}: the name of a page must end in {SUFFIXES[0]}")
 
 
-def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
+def render_page(report: Report, fits: ScalingFits = NO_FITS) -> str:
     """The page. Equal records give equal pages."""
     jinja2, plotly = _import_jinja(), _plotly_script()
     own = "\n".join(_asset(name) for name in SCRIPTS)
@@ -82,7 +81,7 @@ def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
         policy=_policy([plotly, own]),
         css=_asset("page.css"),
         scripts=[plotly, own],
-        data=page_json(report, laws),
+        data=page_json(report, fits.curves),
         report=report,
         families=_families(report),
         columns=_columns(report.runs),
@@ -101,7 +100,9 @@ def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
         panels=speed_panels(report.benchmarks),
         bars=bars_table(report.benchmarks),
         benchmarks=[(benchmark_title(r), benchmark_table(r)) for r in report.benchmarks],
-        laws=laws,
+        fits=fits,
+        fit_choices=[*((law, law) for law in fits.laws), ("", "none")],
+        has_tuning=any(is_tuning(run) for run in report.runs),
         num_points=max((len(run.training.loss) for run in report.runs), default=0),
     )
     return text

@@ -9,7 +9,7 @@ from factorlm.scaling.fit.compare import (
     compare_power_laws,
 )
 from factorlm.scaling.fit.crossing import Crossing
-from factorlm.scaling.fit.data import FitWarning
+from factorlm.scaling.fit.data import FitWarning, ScipyMissingError
 from factorlm.scaling.fit.line import LineFit, fit_line
 from factorlm.scaling.fit.power_law import PowerLawFit, fit_power_law, fit_power_laws
 from factorlm.scaling.fit.slopes import SlopeDifference, slopes_over_entropy, turning_entropy
@@ -27,6 +27,7 @@ __all__ = [
     "LineFit",
     "OptimalSize",
     "PowerLawFit",
+    "ScipyMissingError",
     "SlopeDifference",
     "SlopeSplit",
     "bootstrap",
