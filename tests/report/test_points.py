@@ -88,6 +88,21 @@ def test_a_copy_of_a_run_is_no_other_run(tmp_path: Path) -> None:
     assert found.notes[0].endswith("they differ in nothing.")
 
 
+def test_seeds_with_nearly_equal_tokens_are_one_point(tmp_path: Path) -> None:
+    """A stochastic guide leaves them so."""
+    for seed, share in enumerate((1.0, 1.03, 0.99)):
+        spent = {"num_tokens": 2e6 * share, "flops": 1e12 * share, "loss": 4.0}
+        write_run(tmp_path, f"run-{seed}", **(RUN | spent), seed=seed)
+    write_run(tmp_path, "longer", **(RUN | {"num_tokens": 4e6, "flops": 2e12}), loss=3.9)
+    family = study(tmp_path).families["dense"]
+    first, second = family.points
+    assert first.runs == ("run-0", "run-1", "run-2")
+    assert first.num_tokens == pytest.approx(2e6 * 3.02 / 3)
+    assert first.flops == pytest.approx(1.1e12 * 3.02 / 3)
+    assert second.runs == ("longer",)
+    assert family.is_grid
+
+
 def test_runs_without_labels_have_their_structure_and_parameters(tmp_path: Path) -> None:
     low_rank = {"structure": "low_rank", "param_ratio": 0.32}
     for params in (1.2e5, 2.4e5):

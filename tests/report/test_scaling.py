@@ -65,6 +65,7 @@ def test_other_tables_hold_the_numbers_of_the_fits() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::factorlm.scaling.FitWarning")
 def test_exponents_and_local_slopes_are_over_the_entropy() -> None:
     over = [fit_power_laws(FAMILIES, E=E) for E in (0.0, 1.0)]
     fitted = fit_power_laws(FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -24,8 +25,9 @@ COUNTS: dict[Count, tuple[str, str]] = {
 """How FLOPs can be counted: the key in ``METRICS``, and in words."""
 TUNING = "tune"
 """The stage of runs that only find a learning rate."""
-SAME_COMPUTE = 1.05
-"""Budgets within so many times each other are one, as steps round them."""
+SAME = 1.05
+"""FLOPs, or tokens of a size, within so many times each other are one: steps round them, and a
+stochastic guide leaves seeds with slightly different ones."""
 MAX_NAMED = 4
 """Runs that one message names."""
 
@@ -38,9 +40,9 @@ class Point:
     """As the ladder names it, else the number of parameters beside embedding and head."""
     num_params: int
     num_tokens: int
-    """Trained on, replayed ones included."""
+    """Trained on, replayed ones included; the mean over the seeds."""
     flops: float
-    """Of one run; where seeds differ, as with stochastic guides, their mean."""
+    """Of one run; the mean over the seeds."""
     runs: tuple[str, ...]
     """Labels."""
     losses: tuple[float, ...]
@@ -74,7 +76,7 @@ class FamilyPoints:
         """Whether sizes and tokens vary apart from each other: a size was trained for several
         numbers of tokens, or several sizes on one budget."""
         flops = [point.flops for point in self.points]
-        has_budget = any(b <= SAME_COMPUTE * a for a, b in itertools.pairwise(flops))
+        has_budget = any(b <= SAME * a for a, b in itertools.pairwise(flops))
         return has_budget or len(self.sizes) < len(self.points)
 
     @property
@@ -86,7 +88,7 @@ class FamilyPoints:
             point
             for point in self.points
             if not any(
-                other.loss < point.loss and other.flops <= SAME_COMPUTE * point.flops
+                other.loss < point.loss and other.flops <= SAME * point.flops
                 for other in self.points
             )
         )
@@ -135,7 +137,8 @@ def study_of(runs: Sequence[ReportRun], count: Count | None = None) -> Study:
     if len(counted) < len(usable):
         missing = [run.label for run in usable if run not in counted]
         notes.append(f"Left out, {count} not recorded: {_named(missing)}.")
-    single, doubled = _without_duplicates([_placed(run, count) for run in counted])
+    placed = _with_equal_tokens([_placed(run, count) for run in counted])
+    single, doubled = _without_duplicates(placed)
     families: dict[str, list[Point]] = {}
     for point_runs in _grouped(single, lambda run: run.key[:3]).values():
         families.setdefault(point_runs[0].key[0], []).append(_point(point_runs))
@@ -195,6 +198,21 @@ def _placed(run: ReportRun, count: Count) -> _Run:
     return _Run(run=run, key=key, flops=flops, loss=last.loss)
 
 
+def _with_equal_tokens(runs: Sequence[_Run]) -> list[_Run]:
+    """Nearly equal numbers of tokens of a family's size as the least of them."""
+    of_size: dict[tuple[str, str], list[int]] = {}
+    for family, size, tokens, _ in sorted(run.key for run in runs):
+        known = of_size.setdefault((family, size), [tokens])
+        if tokens > SAME * known[-1]:
+            known.append(tokens)
+    found = []
+    for run in runs:
+        family, size, tokens, seed = run.key
+        least = max(known for known in of_size[family, size] if known <= tokens)
+        found.append(dataclasses.replace(run, key=(family, size, least, seed)))
+    return found
+
+
 def _without_duplicates(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
     """One run for each family, size, number of tokens and seed: the one of lowest loss."""
     kept, notes = [], []
@@ -224,7 +242,7 @@ def _point(runs: Sequence[_Run]) -> Point:
     return Point(
         size=runs[0].key[1],
         num_params=runs[0].run.summary.run.num_params,
-        num_tokens=runs[0].key[2],
+        num_tokens=round(statistics.fmean(run.run.summary.num_tokens for run in runs)),
         flops=statistics.fmean(run.flops for run in runs),
         runs=tuple(run.run.label for run in runs),
         losses=tuple(run.loss for run in runs),
