@@ -127,6 +127,15 @@ def test_one_size_is_no_law_and_two_are_a_line(tmp_path: Path) -> None:
     assert "No family has three sizes" in notes
 
 
+def test_a_size_that_beats_all_others_is_no_law(tmp_path: Path) -> None:
+    for size, tokens, loss in (("a", 1e6, 5.0), ("a", 4e6, 4.0), ("b", 2e6, 6.0)):
+        labels = {"ladder": "x", "family": "dense", "size": size, "stage": "main"}
+        options = {"num_params": 1e4, "num_tokens": tokens, "flops": 1e5 * tokens, "loss": loss}
+        write_run(tmp_path, f"{size}-{tokens:g}", **options, labels=labels)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="dense: its size a beats all others; a law needs two"):
+        fits_of(tmp_path)
+
+
 def test_a_split_wants_the_same_sizes(tmp_path: Path) -> None:
     write_ladder(tmp_path, families=["dense"])
     write_ladder(tmp_path, families=["low_rank_32"], params=[3e4, 1e5, 3e5, 1e6])

@@ -103,6 +103,16 @@ def test_seeds_with_nearly_equal_tokens_are_one_point(tmp_path: Path) -> None:
     assert family.is_grid
 
 
+def test_thinned_records_that_lack_the_last_step_count_it(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "a", **RUN, loss=4.0)
+    lines = path.read_text().splitlines(keepends=True)
+    (last,) = [line for line in lines if '"type": "step"' in line and '"step": 2' in line]
+    path.write_text("".join(line for line in lines if line != last))
+    (point,) = study(tmp_path).families["dense"].points
+    assert point.flops == pytest.approx(1.1e12)
+    assert point.num_tokens == 2_000_000
+
+
 def test_runs_without_labels_have_their_structure_and_parameters(tmp_path: Path) -> None:
     low_rank = {"structure": "low_rank", "param_ratio": 0.32}
     for params in (1.2e5, 2.4e5):

@@ -102,13 +102,13 @@ def fitted_families(study: Study) -> tuple[dict[str, tuple[np.ndarray, np.ndarra
     """(FLOPs, loss) of the families with two sizes, and a sentence for each of the others."""
     families, notes = {}, []
     for name, family in study.families.items():
-        compute, loss = family.compute_and_loss
-        if len(family.sizes) < 2:
+        if len(family.fitted_sizes) >= 2:
+            families[name] = family.compute_and_loss
+        elif len(family.sizes) < 2:
             notes.append(f"{name} has one size, {family.sizes[0]}; a law needs two.")
-        elif len(np.unique(compute)) < 2:
-            notes.append(f"{name}: one of its points beats all others; a law needs two.")
         else:
-            families[name] = (compute, loss)
+            size = family.fitted_sizes[0]
+            notes.append(f"{name}: its size {size} beats all others; a law needs two.")
     return families, notes
 
 
@@ -145,13 +145,7 @@ def _has_same_sizes(base: FamilyPoints, other: FamilyPoints) -> bool:
 
 
 def _notes(study: Study, families: Families, analysis: Analysis) -> Iterator[str]:
-    for name in families:
-        family = study.families[name]
-        if family.is_grid:
-            yield (
-                f"{name}: sizes and tokens vary apart from each other; laws of FLOPs are of the "
-                f"{len(family.frontier)} of {len(family.points)} points that no cheaper one beats."
-            )
+    yield from frontier_notes(study, families)
     for name, line in analysis.lines.items():
         for warning in line.warnings:
             yield f"{name}: {warning}."
@@ -166,6 +160,17 @@ def _notes(study: Study, families: Families, analysis: Analysis) -> Iterator[str
             yield (
                 f"{name} less {analysis.base}: not split into parts, which takes the same sizes in "
                 "both, each trained for one number of tokens."
+            )
+
+
+def frontier_notes(study: Study, families: Families) -> Iterator[str]:
+    """A sentence for each family of which not every point is fitted."""
+    for name in families:
+        family = study.families[name]
+        if family.is_grid:
+            yield (
+                f"{name}: sizes and tokens vary apart from each other; laws of FLOPs are of the "
+                f"{len(family.frontier)} of {len(family.points)} points that no cheaper one beats."
             )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from factorlm.report.analysis import middle_loss
-from factorlm.report.fits import base_of, fitted_families, honest_splits
+from factorlm.report.fits import base_of, fitted_families, frontier_notes, honest_splits
 from factorlm.report.payload import ScalingCurve, ScalingFits
 from factorlm.report.points import Study, study_of
 from factorlm.report.reading import Report
@@ -49,12 +49,12 @@ def report_fits(report: Report, *, level: float = 0.95) -> ScalingFits:
     families = {
         name: points
         for name, points in fitted_families(study)[0].items()
-        if len(np.unique(points[0])) >= MIN_SIZES
+        if len(study.families[name].fitted_sizes) >= MIN_SIZES
     }
     few = [name for name in report.families if name not in families]
     if not families:
         return ScalingFits(notes=(f"No family has {MIN_SIZES} sizes of finished runs to fit.",))
-    notes = [*study.notes]
+    notes = [*study.notes, *frontier_notes(study, families)]
     if few:
         notes.append(f"Not fitted, fewer than {MIN_SIZES} sizes: {', '.join(few)}.")
     try:

@@ -94,6 +94,11 @@ class FamilyPoints:
         )
 
     @property
+    def fitted_sizes(self) -> tuple[str, ...]:
+        """Those of ``frontier``, each once."""
+        return tuple(dict.fromkeys(point.size for point in self.frontier))
+
+    @property
     def compute_and_loss(self) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs and loss of the runs of ``frontier``, each (num_runs,)."""
         pairs = [(point.flops, loss) for point in self.frontier for loss in point.losses]
@@ -121,6 +126,7 @@ class _Run:
     """Family, size, tokens, seed."""
     flops: float
     loss: float
+    tokens: int
 
 
 def study_of(runs: Sequence[ReportRun], count: Count | None = None) -> Study:
@@ -179,7 +185,7 @@ def _refusal(run: ReportRun) -> str | None:
         return "without an evaluation"
     if last.guided:
         return "their last evaluation was guided, which no saved model is"
-    if last.step != run.num_steps_done:
+    if last.step < run.num_steps_done:
         return "their last evaluation was before their last step"
     return None if _is_positive(last.loss) else "their last loss is not finite and above 0"
 
@@ -194,8 +200,9 @@ def _placed(run: ReportRun, count: Count) -> _Run:
     flops, last = run.metrics[COUNTS[count][0]], run.summary.last
     assert flops is not None
     assert last is not None
-    key = (run.family, size, run.summary.num_tokens, str(record.config.get("seed")))
-    return _Run(run=run, key=key, flops=flops, loss=last.loss)
+    key = (run.family, size, last.num_tokens, str(record.config.get("seed")))
+    done = last.num_tokens / run.summary.num_tokens  # above 1 where thinned records lack the end
+    return _Run(run=run, key=key, flops=flops * done, loss=last.loss, tokens=last.num_tokens)
 
 
 def _with_equal_tokens(runs: Sequence[_Run]) -> list[_Run]:
@@ -242,7 +249,7 @@ def _point(runs: Sequence[_Run]) -> Point:
     return Point(
         size=runs[0].key[1],
         num_params=runs[0].run.summary.run.num_params,
-        num_tokens=round(statistics.fmean(run.run.summary.num_tokens for run in runs)),
+        num_tokens=round(statistics.fmean(run.tokens for run in runs)),
         flops=statistics.fmean(run.flops for run in runs),
         runs=tuple(run.run.label for run in runs),
         losses=tuple(run.loss for run in runs),
