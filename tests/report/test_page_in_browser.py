@@ -201,6 +201,7 @@ def ladder(tmp_path: Path) -> tuple[Path, ScalingFits]:
     labels = {"ladder": "books", "size": "w2", "family": "few", "stage": "main"}
     options: dict[str, Any] = {"num_params": 1e5, "num_tokens": 2e6, "flops": 2e12, "loss": 5.0}
     write_run(folder, "few", **options, labels=labels)
+    write_run(folder, "steps", **options, labels=labels | {"stage": "calibration"})
     write_run(folder, "rate", **options, labels=labels | {"family": "dense", "stage": "tune"})
     report = gather([folder])
     fits = report_fits(report)
@@ -250,10 +251,13 @@ def test_why_a_law_is_missing_and_what_tunes_is_said(
     tab = open_page(ladder[0])
     (dense,) = [trace for trace in drawn(tab, "scaling") if trace["meta"] == "dense"]
     assert sorted(set(dense["marker"]["symbol"])) == ["circle", "x"]
+    assert all("steps" not in trace.get("text", ()) for trace in drawn(tab, "scaling"))
+    assert "1 run not drawn" in tab.locator("#scaling-missing").inner_text()
     assert dense["marker"]["symbol"][dense["text"].index("rate")] == "x"
     tab.get_by_text("What is not fitted, and why").click()
     assert tab.locator("#scaling-section li").all_inner_texts() == [
-        "Left out, stage: tune, they find a learning rate: rate.",
+        "Left out, of stage tune, not main: rate.",
+        "Left out, of stage calibration, not main: steps.",
         "Not fitted, fewer than 3 sizes: few.",
     ]
     tab.locator("#scaling").focus()

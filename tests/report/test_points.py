@@ -51,7 +51,8 @@ def test_flops_are_counted_as_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"labels": LABELS | {"stage": "tune"}}, "stage: tune, they find a learning rate"),
+        ({"labels": LABELS | {"stage": "tune"}}, "of stage tune, not main"),
+        ({"labels": LABELS | {"stage": "calibration"}}, "of stage calibration, not main"),
         ({"finished": False}, "not finished"),
         ({"guided": True}, "their last evaluation was guided, which no saved model is"),
         ({"last_step": 1}, "their last evaluation was before their last step"),

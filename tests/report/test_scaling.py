@@ -10,15 +10,14 @@ import pytest
 
 from factorlm.report.claims import claim_sentences
 from factorlm.report.scaling import (
-    _draw,
     chance,
     entropy_table,
     gamma_table,
     held_out_table,
     lines_table,
     multiplier_table,
-    plot_scaling,
 )
+from factorlm.report.scaling_picture import _draw, plot_scaling
 from factorlm.scaling import (
     compare_lines,
     fit_line,

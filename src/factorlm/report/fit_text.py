@@ -10,6 +10,7 @@ from typing import Any
 
 from factorlm.report.claims import claim_sentences, entropy_sentence, shared_sentences
 from factorlm.report.fits import Budget, StudyFits
+from factorlm.report.iso_flops import plot_iso_flops
 from factorlm.report.laws import shared_curves
 from factorlm.report.points import COUNTS, Study
 from factorlm.report.scaling import (
@@ -19,9 +20,9 @@ from factorlm.report.scaling import (
     lines_table,
     multiplier_table,
     percent,
-    plot_scaling,
     slopes_of,
 )
+from factorlm.report.scaling_picture import plot_scaling
 from factorlm.report.sections import Section, plain_json
 from factorlm.report.tables import Table, format_count, format_scientific
 from factorlm.scaling import Comparison
@@ -47,27 +48,33 @@ def fits_json(fits: StudyFits) -> dict[str, Any]:
 
 
 def plot_fits(fits: StudyFits, folder: str | os.PathLike[str]) -> list[Path]:
-    """Points with lines, laws and bands: ``scaling.png`` and ``.svg`` in ``folder``, which is made.
+    """Pictures as .png and .svg in ``folder``, which is made: ``scaling``, points with lines, laws
+    and bands, and ``iso_flops_1``, ... for the families that have a law of parameters and tokens.
 
     Raises ``ConfigError`` where matplotlib is missing, ``StorageError`` for what cannot be written.
     """
     folder = Path(folder)
     with storage_errors(folder, verb="make"):
         folder.mkdir(parents=True, exist_ok=True)
-    analysis, level = fits.analysis, level_of(fits)
-    laws = shared_curves(fits.families, analysis.laws, level) if analysis.has_entropy else []
-    return [
-        plot_scaling(
+    level = level_of(fits)
+    has_laws = fits.analysis.has_entropy
+    laws = shared_curves(fits.families, fits.analysis.laws, level) if has_laws else []
+    paths = []
+    for suffix in SUFFIXES:
+        path = plot_scaling(
             fits.families,
-            analysis.base,
+            fits.analysis.base,
             folder / f"scaling{suffix}",
-            over=analysis.over_entropy,
+            over=fits.analysis.over_entropy,
             laws=laws,
             level=level,
             xlabel=f"training FLOPs, {COUNTS[fits.study.count][1]}",
         )
-        for suffix in SUFFIXES
-    ]
+        paths.append(path)
+        for number, (name, fit) in enumerate(fits.chinchilla.items(), start=1):
+            path = folder / f"iso_flops_{number}{suffix}"
+            paths.append(plot_iso_flops(fits.study.families[name], fit, fits.budgets[name], path))
+    return paths
 
 
 def level_of(fits: StudyFits) -> float:

@@ -26,7 +26,7 @@ from factorlm.report.facts import (
     reproduce_commands,
 )
 from factorlm.report.payload import NO_FITS, ScalingFits, page_json, speed_panels
-from factorlm.report.points import is_tuning
+from factorlm.report.points import TUNE, stage_of
 from factorlm.report.reading import MAX_MONITORED, Report, ReportRun
 from factorlm.report.tables import format_seconds
 from factorlm.storage import atomic_write_text
@@ -102,7 +102,7 @@ def render_page(report: Report, fits: ScalingFits = NO_FITS) -> str:
         benchmarks=[(benchmark_title(r), benchmark_table(r)) for r in report.benchmarks],
         fits=fits,
         fit_choices=[*((law, law) for law in fits.laws), ("", "none")],
-        has_tuning=any(is_tuning(run) for run in report.runs),
+        has_tuning=any(stage_of(run) == TUNE for run in report.runs),
         num_points=max((len(run.training.loss) for run in report.runs), default=0),
     )
     return text

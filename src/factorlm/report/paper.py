@@ -16,7 +16,7 @@ from factorlm.report.curves import LossCurve
 from factorlm.report.figures import COLORS, LEGEND_CHARACTERS, save_picture, time_unit
 from factorlm.report.monitors import plot_monitors
 from factorlm.report.payload import NO_FITS, ScalingCurve, ScalingFits
-from factorlm.report.points import is_tuning
+from factorlm.report.points import MAIN, TUNE, stage_of
 from factorlm.report.reading import Report, ReportRun
 from factorlm.report.speed import check_lines, plot_speed, speed_groups
 from factorlm.report.tables import format_power
@@ -142,9 +142,9 @@ def _draw_scaling(report: Report, laws: Sequence[ScalingCurve]) -> Figure:
     for run in report.runs:
         look = _look(names, run.family)
         flops, loss = run.metrics["executed_flops"], run.metrics["last_validation_loss"]
-        if flops is not None and loss is not None:
+        if flops is not None and loss is not None and stage_of(run) in (MAIN, TUNE):
             face = look["color"] if run.summary.is_finished else "none"
-            marker = TUNING_MARKER if is_tuning(run) else _marker(names, run.family)
+            marker = TUNING_MARKER if stage_of(run) == TUNE else _marker(names, run.family)
             axes.plot(flops, loss, marker, color=look["color"], mfc=face, ms=5.5)
     for law in laws:
         look = _look(names, law.family)

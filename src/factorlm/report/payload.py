@@ -15,7 +15,7 @@ from factorlm.records import BenchmarkRecord
 from factorlm.report.compare import RunSummary
 from factorlm.report.curves import LossCurve
 from factorlm.report.monitors import panels_of
-from factorlm.report.points import is_tuning
+from factorlm.report.points import stage_of
 from factorlm.report.reading import Report, ReportRun
 from factorlm.report.speed import AXES, axis_of, other_of, speed_groups, value_of
 from factorlm.report.tables import Table, format_tick
@@ -80,7 +80,7 @@ def _run(run: ReportRun, families: Sequence[str]) -> dict[str, Any]:
         "label": run.label,
         "family": families.index(run.family),
         "finished": run.summary.is_finished,
-        "tuning": is_tuning(run),
+        "stage": stage_of(run),
         "training": _curve(run.training),
         "validation": _curve(run.validation),
         "compute": run.metrics["executed_flops"],

@@ -23,8 +23,8 @@ COUNTS: dict[Count, tuple[str, str]] = {
     "model_flops": ("training_flops", "by the papers' convention"),
 }
 """How FLOPs can be counted: the key in ``METRICS``, and in words."""
-TUNING = "tune"
-"""The stage of runs that only find a learning rate."""
+MAIN, TUNE = "main", "tune"
+"""Stages of a ladder's runs: those that are fitted, and those that only find a learning rate."""
 SAME = 1.05
 """FLOPs, or tokens of a size, within so many times each other are one: steps round them, and a
 stochastic guide leaves seeds with slightly different ones."""
@@ -158,9 +158,9 @@ def study_of(runs: Sequence[ReportRun], count: Count | None = None) -> Study:
     )
 
 
-def is_tuning(run: ReportRun) -> bool:
-    """Whether the run only served to find a learning rate."""
-    return label_of(run.summary.run.config, "stage") == TUNING
+def stage_of(run: ReportRun) -> str:
+    """What the run is for, as its ladder says it; ``main`` for a run of none."""
+    return label_of(run.summary.run.config, "stage") or MAIN
 
 
 def _usable(runs: Sequence[ReportRun]) -> tuple[list[ReportRun], list[str]]:
@@ -177,8 +177,8 @@ def _usable(runs: Sequence[ReportRun]) -> tuple[list[ReportRun], list[str]]:
 
 def _refusal(run: ReportRun) -> str | None:
     last = run.summary.last
-    if is_tuning(run):
-        return "stage: tune, they find a learning rate"
+    if stage_of(run) != MAIN:
+        return f"of stage {stage_of(run)}, not {MAIN}"
     if not run.summary.is_finished:
         return "not finished"
     if last is None:

@@ -17,9 +17,9 @@ from factorlm.report.scaling import (
     held_out_table,
     lines_table,
     multiplier_table,
-    plot_scaling,
     slopes_of,
 )
+from factorlm.report.scaling_picture import plot_scaling
 from factorlm.report.sections import Section, plain_json
 from factorlm.report.tables import Table, format_count, format_scientific
 from factorlm.scaling import published_families, published_records, slopes_over_entropy

@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from factorlm.cli.scale._output import add_output_arguments, print_and_plot
-
-if TYPE_CHECKING:
-    from factorlm.report.fits import StudyFits
 
 HELP = "fit scaling laws to runs and compare their families, with intervals"
 EPILOG = """\
@@ -61,16 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Print the tables and draw the figures."""
-    from factorlm.report import gather
-    from factorlm.report.fit_text import fits_json, fits_text, plot_fits
-    from factorlm.report.fits import fit_study
-    from factorlm.report.points import study_of
+    from factorlm.report import fit_study, fits_json, fits_text, gather, plot_fits, study_of
 
     report = gather(args.paths)
     for reason in report.left_out:
         print(f"left out: {reason}", file=sys.stderr)
     study = study_of(report.runs, args.count)
-    fits: StudyFits = fit_study(study, base=args.base, level=args.level, budget=args.budget)
+    fits = fit_study(study, base=args.base, level=args.level, budget=args.budget)
     print_and_plot(
         args,
         text=lambda is_markdown: fits_text(fits, is_markdown=is_markdown),

@@ -58,7 +58,7 @@ addChart("curves", () => {
 
 addChart("scaling", () => {
   const runs = data.runs.filter(isShown);
-  const known = runs.filter((run) => run.compute > 0 && run.loss !== null);
+  const known = runs.filter((run) => run.compute > 0 && run.loss !== null && ["main", "tune"].includes(run.stage));
   const laws = shownLaws();
   const traces = laws.flatMap((law) => lawTraces(law));
   for (const family of new Set(known.map((run) => run.family))) {
@@ -70,11 +70,11 @@ addChart("scaling", () => {
       x: points.map((run) => run.compute), y: points.map((run) => run.loss),
       text: points.map((run) => plain(run.label)),
       marker: { size: 9, color: color(family), line: { width: 1.5, color: color(family) },
-        symbol: points.map((run) => (run.tuning ? "x" : symbol) + (run.finished ? "" : "-open")) },
+        symbol: points.map((run) => (run.stage === "tune" ? "x" : symbol) + (run.finished ? "" : "-open")) },
       hovertemplate: "<b>%{text}</b><br>%{fullData.name}<br>loss %{y:.4f}<br>%{x:.4~e} FLOPs<extra></extra>",
     });
   }
-  say("scaling-missing", runs.length - known.length, "executed FLOPs or validation loss not recorded");
+  say("scaling-missing", runs.length - known.length, "executed FLOPs or validation loss not recorded, or only there to time steps");
   return {
     traces,
     layout: { xaxis: axis("executed FLOPs", true, { exponentformat: "power" }), yaxis: axis("last validation loss", true) },
