@@ -8,9 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.report import studies
-from tests.report.studies import write_ladder
+from tests.report.studies import write_ladder, write_run
 
-from factorlm.report import gather, report_fits, report_markdown
+from factorlm.report import (
+    fit_study,
+    fits_text,
+    gather,
+    report_fits,
+    report_markdown,
+    write_page,
+)
 from factorlm.report.fits import fitted_families
 from factorlm.report.laws import LINE, MAX_COMPARED, SHARED
 from factorlm.report.points import study_of
@@ -52,7 +59,29 @@ def test_no_law_where_the_points_do_not_say(tmp_path: Path) -> None:
     assert fits.laws == (LINE,)
     assert [curve.family for curve in fits.curves] == ["dense"]
     assert "Not fitted, fewer than 3 sizes: low_rank_32." in fits.notes
-    assert any(f"{SHARED} is not drawn: as many parameters as points" in n for n in fits.notes)
+    assert any(
+        f"{SHARED} is not drawn: dense: as many parameters as points" in n for n in fits.notes
+    )
+
+
+def test_losses_that_no_law_describes_are_drawn_without_complaint(tmp_path: Path) -> None:
+    """Flat, rising and steep ones, and one that is not finite, still make a page."""
+    losses = {"flat": [3.0, 3.0, 3.0], "rising": [3.0, 3.2, 3.5], "steep": [9.0, 2.0, 0.5]}
+    for family, values in losses.items():
+        for index, loss in enumerate(values):
+            params = (10.0 if family != "steep" else 1e5) * 1e4 * 10**index
+            labels = {"ladder": "odd", "family": family, "size": str(index), "stage": "main"}
+            options = {"num_params": params, "num_tokens": 20 * params, "flops": 120 * params**2}
+            write_run(tmp_path, f"{family}-{index}", **options, loss=loss, labels=labels)  # type: ignore[arg-type]
+    options = {"num_params": 1e4, "num_tokens": 2e5, "flops": 1e9, "loss": np.inf}
+    write_run(tmp_path, "diverged", **options, labels=labels)  # type: ignore[arg-type]
+    report = gather([tmp_path])
+    fits = report_fits(report)
+    assert {curve.family for curve in fits.curves} == set(losses)
+    assert write_page(report, tmp_path / "report.html", fits).stat().st_size > 1e6
+    text = fits_text(fit_study(study_of(report.runs), base="flat"))
+    assert "steep and flat: no crossing within the data, which have no FLOPs in common." in text
+    assert "Left out, their last loss is not finite and above 0: diverged." in text
 
 
 def test_many_families_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

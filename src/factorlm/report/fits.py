@@ -146,13 +146,12 @@ def _has_same_sizes(base: FamilyPoints, other: FamilyPoints) -> bool:
 
 def _notes(study: Study, families: Families, analysis: Analysis) -> Iterator[str]:
     yield from frontier_notes(study, families)
-    for name, line in analysis.lines.items():
-        for warning in line.warnings:
-            yield f"{name}: {warning}."
+    for fits in (analysis.lines, analysis.laws):
+        for name, fit in fits.items():
+            for warning in fit.warnings:
+                yield f"{name}: {warning}."
     if not analysis.laws:
         yield "No family has three sizes; E + A·C^−γ needs one with three."
-    for warning in dict.fromkeys(text for law in analysis.laws.values() for text in law.warnings):
-        yield f"{warning[0].upper()}{warning[1:]}."
     if most_sizes(families) == 2:
         yield "No held-out check: no family has three sizes."
     for name, comparison in analysis.comparisons.items():

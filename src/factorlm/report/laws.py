@@ -77,11 +77,13 @@ def _fits(study: Study, families: Families, level: float) -> ScalingFits:
         laws = fit_power_laws(families, level=level)
     compared = compare_lines(families, base, level=level) if len(families) > 1 else {}
     tables = {LINES_TITLE: lines_table(lines, honest_splits(compared, base, study), base)}
-    notes = dict.fromkeys(text for law in laws.values() for text in law.warnings)
+    notes = [
+        f"{SHARED} is not drawn: {name}: {text}."
+        for name, law in laws.items()
+        for text in law.warnings
+    ]
     if notes:
-        return ScalingFits(
-            curves=curves, tables=tables, notes=[f"{SHARED} is not drawn: {n}." for n in notes]
-        )
+        return ScalingFits(curves=curves, tables=tables, notes=notes)
     tables[SHARED] = gamma_table((), laws, middle_loss(families))
     return ScalingFits(curves=[*shared_curves(families, laws, level), *curves], tables=tables)
 
@@ -122,6 +124,8 @@ def _curve(
     low: np.ndarray | tuple[()],
     high: np.ndarray | tuple[()],
 ) -> ScalingCurve:
+    if not np.all(np.isfinite([*low, *high])):
+        low = high = ()  # nothing says how wide it is
     columns = (np.asarray(values).tolist() for values in (places, loss, low, high))
     compute, losses, lows, highs = columns
     return ScalingCurve(family=family, law=law, compute=compute, loss=losses, low=lows, high=highs)
