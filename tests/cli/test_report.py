@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import RunWithoutTorch
+from tests.report.studies import write_ladder
 
 from factorlm.cli.main import main
 
@@ -30,6 +31,18 @@ def test_all_of_it_where_torch_cannot_be_imported(
     files = (tmp_path / "records" / "speed").glob("*.jsonl")
     count = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
     assert f"report.html: 2 training runs, 2 families, {count} benchmarks (" in done.stderr
+
+
+def test_laws_are_drawn_where_torch_cannot_be_imported(
+    tmp_path: Path, run_without_torch: RunWithoutTorch
+) -> None:
+    write_ladder(tmp_path / "records", seeds=1)
+    done = run_without_torch("report", "records", "-o", "report.html", "--markdown")
+    assert done.returncode == 0, done.stderr
+    assert "**E + A·C^−γ, shared E**" in done.stdout
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '"law":"straight lines"' in page
+    assert "<caption>Straight lines in log–log</caption>" in page
 
 
 def test_report_html_is_the_default(

@@ -51,6 +51,20 @@ def test_a_trait_is_told_where_runs_differ_in_it() -> None:
     assert family_labels(runs[1:2]) == ["low_rank, 32%"]
 
 
+def test_a_stated_family_is_taken() -> None:
+    def stated(family: str, ladder: str = "books") -> dict[str, Any]:
+        return {"ladder": ladder, "family": family, "size": "s", "stage": "main"}
+
+    runs = [run(labels=stated("best"), structure=LOW_RANK, optimizer={"kind": "muon"}), run()]
+    assert family_labels(runs[:1]) == ["best"]
+    assert family_labels([*runs, run(labels=stated("best", "code"))]) == [
+        "best, ladder books",
+        "dense",
+        "best, ladder code",
+    ]
+    assert family_labels([run(labels="odd"), run(labels={})]) == ["dense", "dense"]
+
+
 @pytest.mark.parametrize(("rank", "hidden_size"), [(16, 64), (64, 256)])
 def test_a_rank_is_told_by_its_share_of_the_width(rank: int, hidden_size: int) -> None:
     found = run(

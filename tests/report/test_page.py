@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from factorlm.errors import ConfigError, StorageError
-from factorlm.report import ScalingCurve, gather, read_run, write_page
+from factorlm.report import ScalingCurve, ScalingFits, gather, read_run, write_page
 from factorlm.report.compare import METRICS
 from factorlm.report.facts import recipe_yaml
 from factorlm.report.page import render_page
@@ -178,9 +178,17 @@ def test_equal_records_give_equal_pages_without_runs_or_benchmarks_too(
 
 def test_laws_are_in_the_data_of_the_page(study: Path) -> None:
     law = ScalingCurve(family="dense", compute=[1e9, 1e10], loss=[3.0, 2.5])
-    data = json.loads(tree(render_page(gather([study]), [law])).all("script")[0].text)
+    page = tree(render_page(gather([study]), ScalingFits(curves=[law])))
+    data = json.loads(page.all("script")[0].text)
     assert data["laws"] == [
-        {"family": "dense", "compute": [1e9, 1e10], "loss": [3.0, 2.5], "low": [], "high": []}
+        {
+            "family": "dense",
+            "compute": [1e9, 1e10],
+            "loss": [3.0, 2.5],
+            "low": [],
+            "high": [],
+            "law": "fit",
+        }
     ]
 
 

@@ -10,9 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.report.studies import write_ladder, write_run
 
 from factorlm.records import RecordFile
-from factorlm.report import ReportRun, ScalingCurve, gather, read_run, write_page
+from factorlm.report import (
+    ReportRun,
+    ScalingCurve,
+    ScalingFits,
+    Table,
+    gather,
+    read_run,
+    report_fits,
+    write_page,
+)
 
 ROOT = Path(__file__).parents[2]
 sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install '.[dev]'")
@@ -83,7 +93,7 @@ def open_page(browser: Any) -> Iterator[Opener]:
 @pytest.fixture
 def page(study: Path, tmp_path: Path) -> Path:
     law = ScalingCurve(family="dense", compute=[1e5, 1e6], loss=[4, 3], low=[3.9, 2.8], high=[5, 4])
-    return write_page(gather([study]), tmp_path / "report.html", [law])
+    return write_page(gather([study]), tmp_path / "report.html", ScalingFits(curves=[law]))
 
 
 def drawn(tab: Any, chart: str) -> list[dict[str, Any]]:
@@ -185,6 +195,81 @@ def test_columns_sort_both_ways_by_value_and_unknown_ones_stay_last(
         assert tab.locator("th[aria-sort]").count() == 1
 
 
+@pytest.fixture
+def ladder(tmp_path: Path) -> tuple[Path, ScalingFits]:
+    """A page of two families that have laws, one that has a single size, and a tuning run."""
+    folder = write_ladder(tmp_path / "ladder", seeds=3, noise=0.01)
+    labels = {"ladder": "books", "size": "w2", "family": "few", "stage": "main"}
+    options: dict[str, Any] = {"num_params": 1e5, "num_tokens": 2e6, "flops": 2e12, "loss": 5.0}
+    write_run(folder, "few", **options, labels=labels)
+    write_run(folder, "steps", **options, labels=labels | {"stage": "calibration"})
+    write_run(folder, "rate", **options, labels=labels | {"family": "dense", "stage": "tune"})
+    report = gather([folder])
+    fits = report_fits(report)
+    return write_page(report, tmp_path / "report.html", fits), fits
+
+
+def laws_of(traces: list[dict[str, Any]]) -> list[tuple[str, list[float], list[float]]]:
+    """Family, loss and band of every law that is drawn."""
+    bands = [trace["y"] for trace in traces if trace["meta"] == "aid"]
+    fits = [trace for trace in traces if trace["meta"].endswith(", fit")]
+    return [(f["meta"], f["y"], band) for f, band in zip(fits, bands, strict=True)]
+
+
+def test_laws_and_bands_are_those_of_the_fit(
+    ladder: tuple[Path, ScalingFits], open_page: Opener
+) -> None:
+    path, fits = ladder
+    tab = open_page(path)
+    for law in fits.laws:
+        check(tab, "law", law)
+        assert laws_of(drawn(tab, "scaling")) == [
+            (f"{c.family}, fit", c.loss, [*c.high, *c.low[::-1]])
+            for c in fits.curves
+            if c.law == law
+        ]
+    check(tab, "law", "")
+    assert laws_of(drawn(tab, "scaling")) == []
+    for title, table in fits.tables.items():
+        cells = tab.get_by_role("table", name=title).locator("tbody tr")
+        assert [row.split("\t") for row in cells.all_inner_texts()] == [list(r) for r in table.rows]
+
+
+def test_a_family_and_its_law_are_toggled_together(
+    ladder: tuple[Path, ScalingFits], open_page: Opener
+) -> None:
+    tab = open_page(ladder[0])
+    assert names(tab, "scaling")[1:4:2] == ["dense, fit", "low_rank_32, fit"]
+    tab.locator(".chip", has_text="dense").locator("input").uncheck()
+    assert names(tab, "scaling") == ["aid", "low_rank_32, fit", "few", "low_rank_32"]
+    tab.locator("#filter").fill("few")
+    assert names(tab, "scaling") == ["few"]
+
+
+def test_why_a_law_is_missing_and_what_tunes_is_said(
+    ladder: tuple[Path, ScalingFits], open_page: Opener
+) -> None:
+    tab = open_page(ladder[0])
+    (dense,) = [trace for trace in drawn(tab, "scaling") if trace["meta"] == "dense"]
+    assert sorted(set(dense["marker"]["symbol"])) == ["circle", "x"]
+    assert all("steps" not in trace.get("text", ()) for trace in drawn(tab, "scaling"))
+    assert "1 run not drawn" in tab.locator("#scaling-missing").inner_text()
+    assert dense["marker"]["symbol"][dense["text"].index("rate")] == "x"
+    tab.get_by_text("What is not fitted, and why").click()
+    assert tab.locator("#scaling-section li").all_inner_texts() == [
+        "Left out, of stage tune, not main: rate.",
+        "Left out, of stage calibration, not main: steps.",
+        "Not fitted, fewer than 3 sizes: few.",
+    ]
+    tab.locator("#scaling").focus()
+    for key in ("ArrowDown", "ArrowUp"):
+        tab.keyboard.press(key)
+    said = tab.locator("#scaling-readout").inner_text()
+    assert said.startswith("dense, fit: last validation loss ")
+    hover = "document.querySelector('#scaling .hoverlayer').textContent"
+    tab.wait_for_function(f"{hover}.includes('band ')")
+
+
 def test_scaling_speed_and_monitors(page: Path, study: Path, open_page: Opener) -> None:
     tab = open_page(page)
     band, fit, *families = drawn(tab, "scaling")
@@ -275,7 +360,10 @@ def test_no_sideways_scrolling(
 ) -> None:
     long = "a_name_that_is_longer_than_any_phone_is_wide_and_has_no_space_in_it" * 3
     runs = [study, write_run(long, structure={"structure": long})]
-    tab = open_page(write_page(gather(runs), tmp_path / "report.html"), **options)
+    law = ScalingCurve(family=long, compute=[1e5, 1e6], loss=[4, 3])
+    table = Table(header=("family", "slope"), rows=((long, "-0.05"),))
+    fits = ScalingFits(curves=[law], tables={long: table}, notes=[long, long])
+    tab = open_page(write_page(gather(runs), tmp_path / "report.html", fits), **options)
     for chart in ("curves", "scaling", "speed", "monitors"):
         drawn(tab, chart)
     for details in tab.locator("details").all():
@@ -311,8 +399,9 @@ def test_the_charts_follow_when_the_scheme_changes(page: Path, open_page: Opener
     tab = open_page(page, color_scheme="light")
     before = drawn(tab, "curves")[0]["line"]["color"]
     tab.emulate_media(color_scheme="dark")
-    after = drawn(tab, "curves")[0]["line"]["color"]
-    assert before != after
+    tab.wait_for_function(
+        "(before) => document.getElementById('curves').data[0].line.color !== before", arg=before
+    )
 
 
 def test_hostile_names_are_shown_as_they_are(

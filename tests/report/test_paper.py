@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.report.studies import write_ladder, write_run
 
 from factorlm.errors import StorageError
-from factorlm.report import ScalingCurve, gather, paper, write_figures
+from factorlm.report import ScalingCurve, gather, paper, report_fits, write_figures
 
 
 def test_every_chart_of_the_page_is_a_png_and_an_svg(study: Path, tmp_path: Path) -> None:
@@ -66,6 +67,23 @@ def test_points_fits_and_bands_of_scaling(study: Path) -> None:
     (band,) = axes.collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (2.9, 5)
+
+
+def test_the_first_law_is_drawn_and_tuning_runs_are_crosses(tmp_path: Path) -> None:
+    folder = write_ladder(tmp_path / "ladder", seeds=1)
+    labels = {"ladder": "books", "family": "dense", "size": "w2"}
+    options = {"num_params": 1e5, "num_tokens": 2e6, "flops": 2e12, "loss": 5.0}
+    for stage in ("tune", "calibration"):
+        write_run(folder, stage, **options, labels=labels | {"stage": stage})
+    report = gather([folder])
+    fits = report_fits(report)
+    drawn = paper.first_law(fits)
+    assert [curve.law for curve in drawn] == [fits.laws[0]] * 2
+    (axes,) = paper._draw_scaling(report, drawn).axes
+    assert axes.get_title(loc="left") == fits.laws[0]
+    assert [line.get_marker() for line in axes.get_lines()].count("x") == 1
+    assert len(axes.get_lines()) == 10 + 1 + 2
+    assert [list(line.get_ydata()) for line in axes.get_lines()[-2:]] == [c.loss for c in drawn]
 
 
 def test_a_folder_that_cannot_be_made(study: Path, tmp_path: Path) -> None:

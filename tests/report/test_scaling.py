@@ -10,16 +10,18 @@ import pytest
 
 from factorlm.report.claims import claim_sentences
 from factorlm.report.scaling import (
-    _draw,
+    chance,
     entropy_table,
+    gamma_table,
     held_out_table,
     lines_table,
     multiplier_table,
-    plot_scaling,
 )
+from factorlm.report.scaling_picture import _draw, plot_scaling
 from factorlm.scaling import (
     compare_lines,
     fit_line,
+    fit_power_laws,
     hold_out_largest,
     slopes_over_entropy,
 )
@@ -45,10 +47,11 @@ def test_lines_are_beside_what_they_differ_by() -> None:
 
 
 def test_other_tables_hold_the_numbers_of_the_fits() -> None:
-    rows = entropy_table(OVER, "dense").rows
-    assert [row[0] for row in rows] == ["0.00", "1.00"]
-    assert rows[1][2] == f"{OVER['low_rank'][1].other_gamma:.4f}"
     comparison = compare_lines(FAMILIES, "dense")["low_rank"]
+    rows = entropy_table(OVER, {"low_rank": comparison.slopes}, "dense").rows
+    assert [row[0] for row in rows] == ["0.00", "1.00", "0.00, fitted"]
+    assert rows[1][1] == f"{OVER['low_rank'][1].difference:+.4f}"
+    assert rows[2][1] == f"{comparison.slopes.difference:+.4f}"
     cells = multiplier_table(comparison).rows
     assert [float(row[3]) for row in cells] == pytest.approx(
         [one.multiplier for one in comparison.multipliers], abs=0.006
@@ -59,6 +62,28 @@ def test_other_tables_hold_the_numbers_of_the_fits() -> None:
     assert float(predicted) / float(loss) - 1 == pytest.approx(
         float(error.rstrip(" %")) / 100, abs=1e-4
     )
+
+
+@pytest.mark.filterwarnings("ignore::factorlm.scaling.FitWarning")
+def test_exponents_and_local_slopes_are_over_the_entropy() -> None:
+    over = [fit_power_laws(FAMILIES, E=E) for E in (0.0, 1.0)]
+    fitted = fit_power_laws(FAMILIES)
+    table = gamma_table(over, fitted, 3.2)
+    assert table.header[1:4] == ("γ dense", "95 %", "slope at 3.20")
+    for laws, row in zip([*over, fitted], table.rows, strict=True):
+        law = laws["low_rank"]
+        assert row[0] == f"{law.E:.2f}" + (", fitted" if laws is fitted else "")
+        assert float(row[4]) == pytest.approx(law.gamma, abs=6e-5)
+        assert row[5] == f"{law.gamma_low:.4f} to {law.gamma_high:.4f}"
+        assert float(row[6]) == pytest.approx(-law.gamma * (1 - law.E / 3.2), abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("p_value", "text"),
+    [(0.236, "0.24"), (0.0034, "0.003"), (1e-7, "< 0.001"), (math.nan, "not known")],
+)
+def test_small_p_values_are_not_nought(p_value: float, text: str) -> None:
+    assert chance(p_value) == text
 
 
 @pytest.mark.parametrize(

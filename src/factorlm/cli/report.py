@@ -17,8 +17,8 @@ folder is searched for *.jsonl at any depth; what cannot be used there is left o
 and on the page. A run or file that is named itself has to be good.
 
 The page has the runs with their exact numbers, loss curves over tokens, FLOPs and time, loss
-against FLOPs by family, benchmarks, monitors, what differs between the runs, and how to make each
-again.
+against FLOPs by family with fitted laws and their bands where a family has three sizes, benchmarks,
+monitors, what differs between the runs, and how to make each again.
 Without -o, --figures and --markdown it is report.html.
 
 examples:
@@ -49,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Gather the records once, then write what was asked for."""
-    from factorlm.report import gather, report_markdown, write_figures, write_page
+    from factorlm.report import (
+        gather,
+        report_fits,
+        report_markdown,
+        write_figures,
+        write_page,
+    )
     from factorlm.report.page import check_page_name
 
     if args.output is None and args.figures is None and not args.markdown:
@@ -59,13 +65,14 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     report = gather(args.paths)
     for reason in report.left_out:
         print(f"left out: {reason}", file=sys.stderr)
+    fits = report_fits(report)
     if args.output is not None:
-        print(_said(report, write_page(report, args.output)), file=sys.stderr)
+        print(_said(report, write_page(report, args.output, fits)), file=sys.stderr)
     if args.figures is not None:
-        for line in write_figures(report, args.figures):
+        for line in write_figures(report, args.figures, fits):
             print(line, file=sys.stderr)
     if args.markdown:
-        print(report_markdown(report))
+        print(report_markdown(report, fits))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from factorlm.report.scaling import between, percent
+from factorlm.report.scaling import between, chance, percent
 from factorlm.scaling import Comparison, PowerLawFit
 
 
@@ -19,6 +19,15 @@ def claim_sentences(comparison: Comparison, turning: float) -> list[str]:
     ]
 
 
+def shared_sentences(comparison: Comparison) -> list[str]:
+    """On one family against another by laws whose E is fitted with all other parameters."""
+    slopes = comparison.slopes
+    return [
+        f"With E fitted, at loss {slopes.loss:.2f}: {_slope_sentence(comparison)}",
+        f"{comparison.other} and {comparison.base}: {comparison.crossing}.",
+    ]
+
+
 def _slope_sentence(comparison: Comparison) -> str:
     slopes = comparison.slopes
     verdict = {
@@ -29,8 +38,14 @@ def _slope_sentence(comparison: Comparison) -> str:
     interval = f"{percent(slopes.level)}: {between(slopes.low, slopes.high)}"
     return (
         f"{comparison.other} against {comparison.base}: slopes differ by "
-        f"{slopes.difference:+.4f} ({interval}; p = {slopes.p_value:.2f}): {verdict}."
+        f"{slopes.difference:+.4f} ({interval}; {_p_text(slopes.p_value)}): {verdict}."
     )
+
+
+def _p_text(p_value: float) -> str:
+    """``p = 0.24`` or ``p < 0.001``."""
+    text = chance(p_value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _split_sentence(comparison: Comparison) -> list[str]:
@@ -41,7 +56,7 @@ def _split_sentence(comparison: Comparison) -> list[str]:
     return [
         f"Of that, {split.flops_part:+.4f} is the ratio of FLOPs changing with size, which "
         f"{comparison.base}'s very losses would show too, and {split.gap_part:+.4f} the loss gap "
-        f"changing ({interval}; p = {split.gap_p_value:.2f})."
+        f"changing ({interval}; {_p_text(split.gap_p_value)})."
     ]
 
 
@@ -65,7 +80,11 @@ def _multiplier_sentence(comparison: Comparison) -> list[str]:
 
 
 def entropy_sentences(fit: PowerLawFit) -> list[str]:
-    """On the entropy that families share."""
+    """On the entropy that families share, and what the points cannot tell of it."""
+    return [entropy_sentence(fit), *(f"{text[0].upper()}{text[1:]}." for text in fit.warnings)]
+
+
+def entropy_sentence(fit: PowerLawFit) -> str:
+    """The entropy alone."""
     interval = f"{percent(fit.level)}: {fit.E_low:.2f} to {fit.E_high:.2f}"
-    first = f"A shared entropy E, fitted to all points: {fit.E:.2f} nats ({interval})."
-    return [first, *(f"{text[0].upper()}{text[1:]}." for text in fit.warnings)]
+    return f"A shared entropy E, fitted to all points: {fit.E:.2f} nats ({interval})."

@@ -14,6 +14,7 @@ from factorlm.records import RunRecord
 
 ABSENT = "–"
 """Of a field that a config does not have."""
+DATA_FIELDS = ("data.path", "data.context_length", "data.tokenizer")
 
 
 def hardware_label(environment: Mapping[str, Any]) -> str:
@@ -50,6 +51,18 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         for name in dict.fromkeys(name for values in flats for name in values)
     }
     return {name: values for name, values in texts.items() if len(set(values)) > 1}
+
+
+def data_notes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each field of the data in which runs differ, so that losses cannot be
+    compared."""
+    flats = [flat(config) for config in configs]
+    values = {field: sorted({str(f.get(field)) for f in flats}) for field in DATA_FIELDS}
+    return [
+        f"{field} differs, so losses cannot be compared between all runs: {', '.join(found)}"
+        for field, found in values.items()
+        if len(found) > 1
+    ]
 
 
 def _text(value: Any) -> str:

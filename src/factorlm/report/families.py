@@ -1,8 +1,12 @@
-"""Which runs belong together: those that differ in size, data or seed, not in what they are."""
+"""Which runs belong together: those that differ in size, data or seed, not in what they are.
+
+The runs of a ladder say it themselves: ``config["labels"]`` names their ladder, family, size and
+stage, ``main`` or ``tune``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from factorlm.records import RunRecord
@@ -12,23 +16,37 @@ Trait = Callable[[dict[str, Any]], str]
 
 
 def family_labels(runs: Sequence[RunRecord]) -> list[str]:
-    """A family for each run: its structure, and the traits in which the runs differ.
+    """A family for each run: the one that it states, with its ladder where runs differ in that.
 
+    Of a run that states none, its structure and the traits in which such runs differ:
     ``low_rank, 32%, full guide, muon``. Traits are the guide, the optimizer, its rates for
     factors, and the width of attention where it is not the model's. A rank is told by its share
     of the model's width where the recipe states both.
     """
-    traits = [[trait(run.config) for run in runs] for trait in (_guide, _optimizer, _attention)]
-    told = [values for values in traits if len(set(values)) > 1]
-    return [
-        ", ".join(
-            [
-                _structure(run.config),
-                *(values[index] for values in told if values[index]),
-            ]
-        )
-        for index, run in enumerate(runs)
+    configs = [run.config for run in runs]
+    ladders = {label_of(config, "ladder") for config in configs}
+    unstated = [config for config in configs if not label_of(config, "family")]
+    told = [
+        trait
+        for trait in (_guide, _optimizer, _attention)
+        if len({trait(config) for config in unstated}) > 1
     ]
+    return [
+        _stated_family(config, has_many=len(ladders) > 1)
+        or ", ".join(filter(None, [_structure(config), *(trait(config) for trait in told)]))
+        for config in configs
+    ]
+
+
+def label_of(config: Mapping[str, Any], name: str) -> str:
+    """One of the labels of a recipe: ``ladder``, ``family``, ``size``, ``stage``; else nothing."""
+    labels = config.get("labels")
+    return str(labels.get(name) or "") if isinstance(labels, Mapping) else ""
+
+
+def _stated_family(config: Mapping[str, Any], *, has_many: bool) -> str:
+    family, ladder = label_of(config, "family"), label_of(config, "ladder")
+    return f"{family}, ladder {ladder}" if family and ladder and has_many else family
 
 
 def _structure(config: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from factorlm.errors import ConfigError
 from factorlm.report.benchmarks import bars_table, benchmark_table, benchmark_title
 from factorlm.report.compare import METRICS
 from factorlm.report.facts import (
+    data_notes,
     differences,
     flat,
     hardware_label,
@@ -24,7 +25,8 @@ from factorlm.report.facts import (
     recipe_yaml,
     reproduce_commands,
 )
-from factorlm.report.payload import ScalingCurve, page_json, speed_panels
+from factorlm.report.payload import NO_FITS, ScalingFits, page_json, speed_panels
+from factorlm.report.points import TUNE, stage_of
 from factorlm.report.reading import MAX_MONITORED, Report, ReportRun
 from factorlm.report.tables import format_seconds
 from factorlm.storage import atomic_write_text
@@ -45,17 +47,15 @@ UNITS = {
 }
 
 
-def write_page(
-    report: Report, path: str | os.PathLike[str], laws: Sequence[ScalingCurve] = ()
-) -> Path:
-    """Write the page to ``path``, whole or not at all; ``laws`` are drawn in the scaling chart.
+def write_page(report: Report, path: str | os.PathLike[str], fits: ScalingFits = NO_FITS) -> Path:
+    """Write the page to ``path``, whole or not at all; ``fits`` go with the scaling chart.
 
     Raises ``ConfigError`` for a name that does not end in .html and where Plotly or Jinja2 is
     missing, and ``StorageError`` where the file cannot be written.
     """
     path = Path(path)
     check_page_name(path)
-    atomic_write_text(path, render_page(report, laws))
+    atomic_write_text(path, render_page(report, fits))
     return path
 
 
@@ -64,7 +64,7 @@ def check_page_name(path: Path) -> None:
     check(path.suffix in SUFFIXES, f"{path}: the name of a page must end in {SUFFIXES[0]}")
 
 
-def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
+def render_page(report: Report, fits: ScalingFits = NO_FITS) -> str:
     """The page. Equal records give equal pages."""
     jinja2, plotly = _import_jinja(), _plotly_script()
     own = "\n".join(_asset(name) for name in SCRIPTS)
@@ -81,7 +81,7 @@ def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
         policy=_policy([plotly, own]),
         css=_asset("page.css"),
         scripts=[plotly, own],
-        data=page_json(report, laws),
+        data=page_json(report, fits.curves),
         report=report,
         families=_families(report),
         columns=_columns(report.runs),
@@ -100,7 +100,9 @@ def render_page(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
         panels=speed_panels(report.benchmarks),
         bars=bars_table(report.benchmarks),
         benchmarks=[(benchmark_title(r), benchmark_table(r)) for r in report.benchmarks],
-        laws=laws,
+        fits=fits,
+        fit_choices=[*((law, law) for law in fits.laws), ("", "none")],
+        has_tuning=any(stage_of(run) == TUNE for run in report.runs),
         num_points=max((len(run.training.loss) for run in report.runs), default=0),
     )
     return text
@@ -157,14 +159,7 @@ def _facts(runs: Sequence[ReportRun]) -> list[tuple[str, str]]:
 
 def _notes(runs: Sequence[ReportRun]) -> list[str]:
     """What keeps losses from being compared, and loss spikes."""
-    fields = ("data.path", "data.context_length", "data.tokenizer")
-    configs = [flat(run.summary.run.config) for run in runs]
-    values = {field: {str(config.get(field)) for config in configs} for field in fields}
-    notes = [
-        f"{field} differs, so losses cannot be compared between all runs: {', '.join(sorted(v))}"
-        for field, v in values.items()
-        if len(v) > 1
-    ]
+    notes = data_notes([run.summary.run.config for run in runs])
     spiked = [f"{run.label} ({len(run.summary.spikes)})" for run in runs if run.summary.spikes]
     return notes + ([f"Loss spikes: {', '.join(spiked)}"] if spiked else [])
 

@@ -15,7 +15,8 @@ from factorlm.records import BenchmarkRecord
 from factorlm.report.curves import LossCurve
 from factorlm.report.figures import COLORS, LEGEND_CHARACTERS, save_picture, time_unit
 from factorlm.report.monitors import plot_monitors
-from factorlm.report.payload import ScalingCurve
+from factorlm.report.payload import NO_FITS, ScalingCurve, ScalingFits
+from factorlm.report.points import MAIN, TUNE, stage_of
 from factorlm.report.reading import Report, ReportRun
 from factorlm.report.speed import check_lines, plot_speed, speed_groups
 from factorlm.report.tables import format_power
@@ -29,6 +30,8 @@ KINDS = (".png", ".svg")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 """Of families that have the same colour."""
 MARKERS = ("o", "s", "D")
+TUNING_MARKER = "x"
+"""Of runs that only find a rate, and are in no fit."""
 RUNS_A_PICTURE = 6
 """Rows of one picture of monitors."""
 BAND_ALPHA = 0.2
@@ -38,30 +41,29 @@ FLOPS_OF_PAPERS = ("training_flops", "FLOPs, papers' convention")
 
 
 def write_figures(
-    report: Report, folder: str | os.PathLike[str], laws: Sequence[ScalingCurve] = ()
+    report: Report, folder: str | os.PathLike[str], fits: ScalingFits = NO_FITS
 ) -> list[str]:
     """Write ``curves``, ``scaling``, ``speed`` and ``monitors_1``, ... as .png and .svg.
 
-    Returns a line for each: where it is, and what could not be drawn. Raises ``ConfigError`` where
-    matplotlib is missing and ``StorageError`` where ``folder`` cannot be written.
+    The picture of scaling has the first law of ``fits``. Returns a line for each: where it is, and
+    what could not be drawn. Raises ``ConfigError`` where matplotlib is missing and
+    ``StorageError`` where ``folder`` cannot be written.
     """
     folder = Path(folder)
     with storage_errors(folder, verb="make"):
         folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, save in _pictures(report, laws):
+    for name, save in _pictures(report, fits):
         for kind in KINDS:
             save(folder / f"{name}{kind}")
         lines.append(f"{folder / name}{' and '.join(KINDS)}")
     return [*lines, *_not_drawn(report)]
 
 
-def _pictures(
-    report: Report, laws: Sequence[ScalingCurve]
-) -> Iterator[tuple[str, Callable[[Path], Path]]]:
+def _pictures(report: Report, fits: ScalingFits) -> Iterator[tuple[str, Callable[[Path], Path]]]:
     if report.runs:
         yield "curves", partial(save_picture, partial(_draw_curves, report))
-        yield "scaling", partial(save_picture, partial(_draw_scaling, report, laws))
+        yield "scaling", partial(save_picture, partial(_draw_scaling, report, first_law(fits)))
     drawable = [
         record
         for found in speed_groups(report.benchmarks).values()
@@ -140,9 +142,9 @@ def _draw_scaling(report: Report, laws: Sequence[ScalingCurve]) -> Figure:
     for run in report.runs:
         look = _look(names, run.family)
         flops, loss = run.metrics["executed_flops"], run.metrics["last_validation_loss"]
-        if flops is not None and loss is not None:
+        if flops is not None and loss is not None and stage_of(run) in (MAIN, TUNE):
             face = look["color"] if run.summary.is_finished else "none"
-            marker = _marker(names, run.family)
+            marker = TUNING_MARKER if stage_of(run) == TUNE else _marker(names, run.family)
             axes.plot(flops, loss, marker, color=look["color"], mfc=face, ms=5.5)
     for law in laws:
         look = _look(names, law.family)
@@ -152,15 +154,23 @@ def _draw_scaling(report: Report, laws: Sequence[ScalingCurve]) -> Figure:
                 law.compute, law.low, law.high, color=look["color"], alpha=BAND_ALPHA, lw=0
             )
     _finish_scaling(axes)
+    if laws:
+        axes.set_title(laws[0].law, loc="left", fontsize=9)
     _legend(figure, names, has_markers=True)
     return figure
+
+
+def first_law(fits: ScalingFits) -> list[ScalingCurve]:
+    """The curves of the law that is drawn where there is no choice."""
+    return [curve for curve in fits.curves if curve.law == fits.laws[0]]
 
 
 def _finish_scaling(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="executed FLOPs", ylabel="last validation loss (nats per token)")

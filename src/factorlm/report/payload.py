@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from factorlm.records import BenchmarkRecord
 from factorlm.report.compare import RunSummary
 from factorlm.report.curves import LossCurve
 from factorlm.report.monitors import panels_of
+from factorlm.report.points import stage_of
 from factorlm.report.reading import Report, ReportRun
 from factorlm.report.speed import AXES, axis_of, other_of, speed_groups, value_of
-from factorlm.report.tables import format_tick
+from factorlm.report.tables import Table, format_tick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,28 @@ class ScalingCurve:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     """The band at each of ``compute``; empty without one."""
+    law: str = "fit"
+    """Which law it is; the page has a choice between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingFits:
+    """What a report says of fitted laws."""
+
+    curves: Sequence[ScalingCurve] = ()
+    """The law of the first is the one that is drawn first, and alone where there is no choice."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """Title to the numbers of the fits."""
+    notes: Sequence[str] = ()
+    """What is not fitted and why, in plain sentences."""
+
+    @property
+    def laws(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(curve.law for curve in self.curves))
+
+
+NO_FITS = ScalingFits()
 
 
 def page_json(report: Report, laws: Sequence[ScalingCurve] = ()) -> str:
@@ -57,6 +80,7 @@ def _run(run: ReportRun, families: Sequence[str]) -> dict[str, Any]:
         "label": run.label,
         "family": families.index(run.family),
         "finished": run.summary.is_finished,
+        "stage": stage_of(run),
         "training": _curve(run.training),
         "validation": _curve(run.validation),
         "compute": run.metrics["executed_flops"],

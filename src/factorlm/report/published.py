@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import warnings
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from factorlm.report.analysis import Analysis, analyse
 from factorlm.report.claims import claim_sentences, entropy_sentences
 from factorlm.report.guided import guided_json, guided_table, plot_guided
 from factorlm.report.scaling import (
     entropy_table,
+    gamma_table,
     held_out_table,
     lines_table,
     multiplier_table,
-    plot_scaling,
+    slopes_of,
 )
+from factorlm.report.scaling_picture import plot_scaling
+from factorlm.report.sections import Section, plain_json
 from factorlm.report.tables import Table, format_count, format_scientific
-from factorlm.scaling import (
-    Comparison,
-    FitWarning,
-    HeldOut,
-    LineFit,
-    PowerLawFit,
-    SlopeDifference,
-    compare_lines,
-    fit_line,
-    fit_power_laws,
-    hold_out_largest,
-    hold_out_largest_of,
-    published_families,
-    published_records,
-    slopes_over_entropy,
-    turning_entropy,
-)
+from factorlm.scaling import published_families, published_records, slopes_over_entropy
 from factorlm.scaling.published import CERTAINTY
 from factorlm.storage import storage_errors
 
@@ -49,78 +34,61 @@ DRAWN_ENTROPIES = tuple(0.2 * step for step in range(11))
 SUFFIXES = (".png", ".svg")
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """All that is fitted to the points of the scaling figure."""
-
-    lines: dict[str, LineFit]
-    comparisons: dict[str, Comparison]
-    laws: dict[str, PowerLawFit]
-    over_entropy: dict[str, tuple[SlopeDifference, ...]]
-    turning: dict[str, float]
-    """Family to the E at which its order with dense turns."""
-    held_out: dict[str, dict[str, HeldOut]]
-
-
 @cache
-def analyse(level: float) -> Analysis:
-    """Fit everything; ``ConfigError`` for a ``level`` that is none, and where scipy is missing."""
-    families = published_families()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FitWarning)  # the sentences say it
-        return Analysis(
-            lines={name: fit_line(*points, level=level) for name, points in families.items()},
-            comparisons=compare_lines(families, BASE, level=level),
-            laws=fit_power_laws(families, level=level),
-            over_entropy=slopes_over_entropy(families, BASE, ENTROPIES, level=level),
-            turning={
-                name: turning_entropy(families, BASE, name) for name in families if name != BASE
-            },
-            held_out={
-                "straight line": {
-                    name: hold_out_largest(fit_line, *points) for name, points in families.items()
-                },
-                "shared E": hold_out_largest_of(families),
-            },
-        )
+def analyse_published(level: float) -> Analysis:
+    """Everything that is fitted to the points of the scaling figure; errors are ``analyse``'s."""
+    return analyse(published_families(), BASE, ENTROPIES, level)
 
 
 def published_text(level: float = 0.95, *, is_markdown: bool = False) -> str:
     """Every table with what it says, as plain text or Markdown."""
-    found = analyse(level)
-    sections: list[tuple[str, list[Table], list[str]]] = [
-        ("Validation loss at training FLOPs", [_points_table()], _points_notes()),
-        (
-            "Is a structured curve steeper? Straight lines in log–log",
-            [lines_table(found.lines, found.comparisons, BASE)],
-            [
+    found = analyse_published(level)
+    sections = [
+        Section(
+            title="Validation loss at training FLOPs",
+            tables=[_points_table()],
+            notes=_points_notes(),
+        ),
+        Section(
+            title="Is a structured curve steeper? Straight lines in log–log",
+            tables=[lines_table(found.lines, found.comparisons, BASE)],
+            notes=[
                 sentence
                 for name, comparison in found.comparisons.items()
                 for sentence in claim_sentences(comparison, found.turning[name])
             ],
         ),
-        (
-            "The same with a shared entropy E: loss = E + A·C^−γ",
-            [entropy_table(found.over_entropy, BASE)],
-            entropy_sentences(found.laws[BASE]),
+        Section(
+            title="The same with a shared entropy E: loss = E + A·C^−γ",
+            tables=[
+                gamma_table(found.laws_over, found.laws, found.middle_loss),
+                entropy_table(found.over_entropy, slopes_of(found.shared), BASE),
+            ],
+            notes=entropy_sentences(found.laws[BASE]),
         ),
-        (
-            "FLOPs for equal loss",
-            [multiplier_table(comparison) for comparison in found.comparisons.values()],
-            [],
+        Section(
+            title="FLOPs for equal loss",
+            tables=[multiplier_table(comparison) for comparison in found.comparisons.values()],
         ),
-        ("The largest size, predicted from the smaller ones", [held_out_table(found.held_out)], []),
-        ("Self-guided training, low_rank 32 %: perplexity", [guided_table()], _guided_notes()),
-        ("Wide and structured networks", [_wide_table()], ["Marks: A."]),
+        Section(
+            title="The largest size, predicted from the smaller ones",
+            tables=[held_out_table(found.held_out)],
+        ),
+        Section(
+            title="Self-guided training, low_rank 32 %: perplexity",
+            tables=[guided_table()],
+            notes=_guided_notes(),
+        ),
+        Section(title="Wide and structured networks", tables=[_wide_table()], notes=["Marks: A."]),
     ]
     legend = "; ".join(f"{mark}: {meaning}" for mark, meaning in CERTAINTY.items())
-    parts = [_section(*section, is_markdown) for section in sections]
+    parts = [section.text(is_markdown=is_markdown) for section in sections]
     return "\n\n".join([*parts, f"Marks: {legend}."])
 
 
 def published_json(level: float = 0.95) -> dict[str, Any]:
     """The same as JSON types, with the records that it comes from; None for what is not finite."""
-    found = _plain(dataclasses.asdict(analyse(level)))
+    found = plain_json(dataclasses.asdict(analyse_published(level)))
     records = [dataclasses.asdict(record) for record in published_records()]
     return found | {"self_guided": guided_json(), "records": records}
 
@@ -137,17 +105,11 @@ def plot_published(folder: str | os.PathLike[str], level: float = 0.95) -> list[
     over = slopes_over_entropy(families, BASE, DRAWN_ENTROPIES, level=level)
     paths = []
     for suffix in SUFFIXES:
-        paths.append(plot_scaling(families, BASE, folder / f"scaling{suffix}", over=over))
+        paths.append(
+            plot_scaling(families, BASE, folder / f"scaling{suffix}", over=over, level=level)
+        )
         paths.append(plot_guided(folder / f"self_guided{suffix}"))
     return paths
-
-
-def _section(title: str, tables: list[Table], notes: list[str], is_markdown: bool) -> str:
-    if is_markdown:
-        parts = [f"## {title}", *(table.markdown() for table in tables)]
-        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]).rstrip()
-    parts = [title, *(table.plain() for table in tables), "\n".join(notes)]
-    return "\n\n".join(part for part in parts if part)
 
 
 def _points_table() -> Table:
@@ -196,11 +158,3 @@ def _wide_table() -> Table:
             )
         )
     return Table(header=header, rows=tuple(rows))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

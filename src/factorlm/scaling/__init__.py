@@ -1,5 +1,6 @@
 """Scaling laws: fits with intervals, and the published points. Works without torch."""
 
+from factorlm.scaling.fit.bands import power_law_bands
 from factorlm.scaling.fit.chinchilla import ChinchillaFit, OptimalSize, fit_chinchilla
 from factorlm.scaling.fit.compare import (
     Comparison,
@@ -8,7 +9,7 @@ from factorlm.scaling.fit.compare import (
     compare_power_laws,
 )
 from factorlm.scaling.fit.crossing import Crossing
-from factorlm.scaling.fit.data import FitWarning
+from factorlm.scaling.fit.data import FitWarning, ScipyMissingError
 from factorlm.scaling.fit.line import LineFit, fit_line
 from factorlm.scaling.fit.power_law import PowerLawFit, fit_power_law, fit_power_laws
 from factorlm.scaling.fit.slopes import SlopeDifference, slopes_over_entropy, turning_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "LineFit",
     "OptimalSize",
     "PowerLawFit",
+    "ScipyMissingError",
     "SlopeDifference",
     "SlopeSplit",
     "bootstrap",
@@ -37,6 +39,7 @@ __all__ = [
     "fit_power_laws",
     "hold_out_largest",
     "hold_out_largest_of",
+    "power_law_bands",
     "published_families",
     "published_records",
     "slopes_over_entropy",

@@ -13,6 +13,7 @@ from factorlm.scaling import (
     Comparison,
     compare_lines,
     compare_power_laws,
+    fit_line,
     published_families,
     slopes_over_entropy,
     turning_entropy,
@@ -207,3 +208,17 @@ def test_refusals(families: dict, base: str, message: str) -> None:
     for compare in (compare_lines, compare_power_laws):
         with pytest.raises(ConfigError, match=message):
             compare(families, base)
+
+
+def test_a_line_that_rises_differs_by_all_of_its_slope() -> None:
+    compute = np.geomspace(1e10, 1e16, 4)
+    families = {
+        "falling": (compute, 9.0 * (compute / 1e10) ** -0.02),
+        "rising": (compute, 3.0 * (compute / 1e10) ** 0.01 * np.array([1.0, 1.01, 1.0, 1.01])),
+    }
+    found = compare_lines(families, "falling")["rising"]
+    slopes = {name: fit_line(*points).slope for name, points in families.items()}
+    assert slopes["rising"] > 0.01
+    assert found.slopes.difference == pytest.approx(slopes["rising"] - slopes["falling"], abs=1e-6)
+    assert found.slopes.is_steeper is False
+    assert "no crossing within the data" in str(found.crossing)

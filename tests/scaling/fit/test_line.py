@@ -111,3 +111,9 @@ def test_wrong_points_are_named(compute: list, loss: list, message: str) -> None
 def test_a_level_is_a_probability(level: float) -> None:
     with pytest.raises(ConfigError, match=f"level={level:g} must be above 0 and below 1"):
         fit_line(COMPUTE, drawn(0), level=level)
+
+
+def test_equal_losses_are_a_level_line_that_is_sure() -> None:
+    fit = fit_line([1e9, 1e10, 1e11], [3.0, 3.0, 3.0])
+    assert (fit.slope, fit.slope_low, fit.slope_high) == (0.0, 0.0, 0.0)
+    np.testing.assert_allclose(fit.band([1e8, 1e12]), np.full((2, 2), 3.0))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
-from factorlm.errors import ConfigError
+from factorlm.cli.scale._output import add_output_arguments, print_and_plot
 
 HELP = "redraw the papers' scaling figures and test what they claim"
 EPILOG = """\
@@ -25,47 +22,17 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON, units in its keys")
-    form.add_argument("--markdown", action="store_true", help="print Markdown")
-    parser.add_argument(
-        "--level",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="probability of the intervals (default: 0.95)",
-    )
-    picture = parser.add_mutually_exclusive_group()
-    picture.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="where the figures go, as .png and .svg (default: published; none with --json)",
-    )
-    picture.add_argument("--no-plot", action="store_true", help="draw no figures")
+    add_output_arguments(parser, folder="published")
 
 
 def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Print the tables and draw the figures."""
-    from factorlm.report.published import published_json, published_text
+    from factorlm.report.published import plot_published, published_json, published_text
 
-    if args.json:
-        print(json.dumps(published_json(args.level), indent=2))
-    else:
-        print(published_text(args.level, is_markdown=args.markdown))
-    if args.output is not None:
-        _plot(args.output, args.level)
-    elif not args.no_plot and not args.json:
-        try:
-            _plot(Path("published"), args.level)
-        except ConfigError as error:
-            print(f"no figures: {error}", file=sys.stderr)
+    print_and_plot(
+        args,
+        text=lambda is_markdown: published_text(args.level, is_markdown=is_markdown),
+        values=lambda: published_json(args.level),
+        plot=lambda folder: plot_published(folder, args.level),
+    )
     return 0
-
-
-def _plot(folder: Path, level: float) -> None:
-    from factorlm.report.published import plot_published
-
-    for path in plot_published(folder, level):
-        print(f"figure: {path}", file=sys.stderr)

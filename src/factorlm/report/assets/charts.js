@@ -58,8 +58,9 @@ addChart("curves", () => {
 
 addChart("scaling", () => {
   const runs = data.runs.filter(isShown);
-  const known = runs.filter((run) => run.compute > 0 && run.loss !== null);
-  const traces = data.laws.flatMap((law) => lawTraces(law));
+  const known = runs.filter((run) => run.compute > 0 && run.loss !== null && ["main", "tune"].includes(run.stage));
+  const laws = shownLaws();
+  const traces = laws.flatMap((law) => lawTraces(law));
   for (const family of new Set(known.map((run) => run.family))) {
     const points = known.filter((run) => run.family === family);
     const symbols = ["circle", "square", "diamond"];
@@ -69,24 +70,33 @@ addChart("scaling", () => {
       x: points.map((run) => run.compute), y: points.map((run) => run.loss),
       text: points.map((run) => plain(run.label)),
       marker: { size: 9, color: color(family), line: { width: 1.5, color: color(family) },
-        symbol: points.map((run) => symbol + (run.finished ? "" : "-open")) },
+        symbol: points.map((run) => (run.stage === "tune" ? "x" : symbol) + (run.finished ? "" : "-open")) },
       hovertemplate: "<b>%{text}</b><br>%{fullData.name}<br>loss %{y:.4f}<br>%{x:.4~e} FLOPs<extra></extra>",
     });
   }
-  say("scaling-missing", runs.length - known.length, "executed FLOPs or validation loss not recorded");
+  say("scaling-missing", runs.length - known.length, "executed FLOPs or validation loss not recorded, or only there to time steps");
   return {
     traces,
     layout: { xaxis: axis("executed FLOPs", true, { exponentformat: "power" }), yaxis: axis("last validation loss", true) },
-    text: `last validation loss against executed FLOPs, ${known.length} runs, ${data.laws.length} fits`,
+    text: `last validation loss against executed FLOPs, ${known.length} runs, ${laws.length} fits`,
   };
 });
 
+// Those of the chosen law whose family is shown; a family without runs always is.
+function shownLaws() {
+  const law = data.laws.length ? chosen("law") : "";
+  return data.laws.filter((found) => {
+    const runs = data.runs.filter((run) => data.families[run.family] === found.family);
+    return found.law === law && (!runs.length || runs.some(isShown));
+  });
+}
+
 function lawTraces(law) {
   const family = data.families.indexOf(law.family);
-  const box = document.querySelector(`input[name="family"][value="${family}"]`);
-  if (box && !box.checked) return [];
+  const band = law.low.map((low, index) => `<br>band ${low.toFixed(4)} to ${law.high[index].toFixed(4)}`);
   const fit = { type: "scatter", mode: "lines", name: plain(`${law.family}, fit`), meta: `${law.family}, fit`,
-    x: law.compute, y: law.loss, line: line(family) };
+    x: law.compute, y: law.loss, line: line(family), text: law.low.length ? band : "",
+    hovertemplate: "<b>%{fullData.name}</b><br>loss %{y:.4f}%{text}<br>%{x:.4~e} FLOPs<extra></extra>" };
   if (!law.low.length) return [fit];
   return [{
     type: "scatter", mode: "lines", meta: "aid", hoverinfo: "skip", fill: "toself", opacity: 0.2,

@@ -52,6 +52,7 @@ if (data.runs.length) {
   $("all").addEventListener("click", () => checkAll(true));
   $("none").addEventListener("click", () => checkAll(false));
   $("curves-section").addEventListener("change", redraw);
+  $("scaling-section").addEventListener("change", redraw);
   $("run-table").addEventListener("click", (event) => {
     const link = event.target.closest("a");
     if (link) document.querySelector(link.getAttribute("href")).open = true;

@@ -39,6 +39,8 @@ class Crossing:
         interval = f"{100 * self.level:g} %: {self.compute_low:.3g} to {self.compute_high:.3g}"
         if self.is_within:
             return f"crossing at {self.compute:.3g} FLOPs ({interval})"
+        if self.data_low > self.data_high:
+            return "no crossing within the data, which have no FLOPs in common"
         text = f"no crossing within the data, {self.data_low:.3g} to {self.data_high:.3g} FLOPs"
         if np.isnan(self.compute_low):
             return text

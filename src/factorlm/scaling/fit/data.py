@@ -13,6 +13,10 @@ from factorlm.config import check
 from factorlm.errors import ConfigError
 
 
+class ScipyMissingError(ConfigError):
+    """Fits need the extra ``fit``."""
+
+
 class FitWarning(UserWarning):
     """A law was fitted to data that cannot say what its parameters are."""
 
@@ -24,12 +28,12 @@ def warn_user(messages: Iterable[str]) -> None:
 
 
 def import_scipy() -> ModuleType:
-    """``scipy`` with ``optimize`` and ``stats``; ``ConfigError`` names the extra where it lacks."""
+    """``scipy`` with ``optimize`` and ``stats``. Raises ``ScipyMissingError``, naming the extra."""
     try:
         import scipy.optimize
         import scipy.stats
     except ImportError:
-        raise ConfigError("fits need scipy: pip install 'factorlm[fit]'") from None
+        raise ScipyMissingError("fits need scipy: pip install 'factorlm[fit]'") from None
     return scipy
 
 

@@ -70,7 +70,8 @@ def fit_line(compute: ArrayLike, loss: ArrayLike, *, level: float = 0.95) -> Lin
     line = import_scipy().stats.linregress(log_compute, log_loss)
     degrees = len(compute) - 2
     residuals = log_loss - line.intercept - line.slope * log_compute
-    width = t_quantile(level, degrees) * line.stderr if degrees else np.inf
+    error = float(np.nan_to_num(line.stderr))  # NaN where all losses are equal
+    width = t_quantile(level, degrees) * error if degrees else np.inf
     fit = LineFit(
         slope=float(line.slope),
         slope_low=float(line.slope - width),
@@ -80,7 +81,7 @@ def fit_line(compute: ArrayLike, loss: ArrayLike, *, level: float = 0.95) -> Lin
         noise=float(np.sqrt(np.sum(residuals**2) / degrees)) if degrees else 0.0,
         degrees_of_freedom=float(degrees),
         center_compute=float(np.exp(log_compute.mean())),
-        slope_error=float(line.stderr),
+        slope_error=error,
     )
     warn_user(fit.warnings)
     return fit

@@ -137,7 +137,10 @@ def check_families(
 def joint_fit(
     families: Mapping[str, tuple[np.ndarray, ...]], E: float | None, *, is_robust: bool = True
 ) -> Fitted:
-    """All families in one law of a term each; ``ConfigError`` for an ``E`` that cannot be."""
+    """All families in one law of a term each; ``ConfigError`` for an ``E`` that cannot be.
+
+    Without ``is_robust`` by plain least squares, and laws may rise, as lines do.
+    """
     loss = np.concatenate([loss for _, loss in families.values()])
     if E is not None:
         check_entropy(E, loss)
@@ -145,7 +148,8 @@ def joint_fit(
     log_compute = np.log(np.concatenate([compute for compute, _ in families.values()]))
     mask = (owner == np.arange(len(families))[:, None]).astype(np.float64)
     log_x = np.tile(log_compute, (len(families), 1))
-    return Fitted(Law(log_x, mask, loss), E=E, is_robust=is_robust)
+    law = Law(log_x, mask, loss, may_rise=not is_robust)
+    return Fitted(law, E=E, is_robust=is_robust)
 
 
 def fits_of(fitted: Fitted, names: list[str], level: float) -> dict[str, PowerLawFit]:

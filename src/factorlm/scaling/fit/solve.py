@@ -93,8 +93,12 @@ class Quantity:
 class Law:
     """A sum of power laws and the points that it is fitted to."""
 
-    def __init__(self, log_x: np.ndarray, mask: np.ndarray, loss: np.ndarray) -> None:
-        """``log_x`` and ``mask`` (num_terms, num_points), ``loss`` (num_points,)."""
+    def __init__(
+        self, log_x: np.ndarray, mask: np.ndarray, loss: np.ndarray, *, may_rise: bool = False
+    ) -> None:
+        """``log_x`` and ``mask`` (num_terms, num_points), ``loss`` (num_points,); with ``may_rise``
+        exponents can be below 0."""
+        self.least_exponent = -MAX_EXPONENT if may_rise else 0.0
         self.log_center = log_x.mean(axis=1)
         self.log_x = log_x - self.log_center[:, None]
         self.mask = mask
@@ -122,7 +126,8 @@ class Law:
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Of ``theta``."""
         count, largest = self.num_terms, self.loss.max()
-        low = np.repeat([0.0, np.log(LEAST_SCALE * largest), 0.0], [1, count, count])
+        least = (0.0, np.log(LEAST_SCALE * largest), self.least_exponent)
+        low = np.repeat(least, [1, count, count])
         high = np.repeat([largest, np.log(10 * largest), MAX_EXPONENT], [1, count, count])
         return low, high
 

@@ -1,0 +1,131 @@
+"""Fitted laws as curves with bands, to draw over the points of a chart."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+
+from factorlm.report.analysis import middle_loss
+from factorlm.report.fits import base_of, fitted_families, frontier_notes, honest_splits
+from factorlm.report.payload import ScalingCurve, ScalingFits
+from factorlm.report.points import Study, study_of
+from factorlm.report.reading import Report
+from factorlm.report.scaling import Families, gamma_table, lines_table
+from factorlm.scaling import (
+    FitWarning,
+    LineFit,
+    PowerLawFit,
+    ScipyMissingError,
+    compare_lines,
+    fit_line,
+    fit_power_laws,
+    power_law_bands,
+)
+
+LINES_TITLE = "Straight lines in log–log"
+LINE = "straight lines"
+SHARED = "E + A·C^−γ, shared E"
+"""``ScalingCurve.law`` of the two laws that are drawn."""
+NUM_PLACES = 17
+"""Of one curve; each place of a curved law's band is a fit of its own."""
+MIN_SIZES = 3
+"""Of a family whose law is drawn."""
+MAX_COMPARED = 8
+"""Families: a joint fit of more takes long, and nobody reads it."""
+MARGIN = 1.3
+"""A curve goes so many times beyond the points."""
+
+
+def report_fits(report: Report, *, level: float = 0.95) -> ScalingFits:
+    """The laws of a report's families over executed FLOPs, and why others are not drawn.
+
+    A family needs three sizes: through two a line goes exactly. Where scipy is missing, the notes
+    say so and nothing is fitted. Raises ``ConfigError`` for a ``level`` that is none.
+    """
+    study = study_of(report.runs, "executed_flops")
+    families = {
+        name: points
+        for name, points in fitted_families(study)[0].items()
+        if len(study.families[name].fitted_sizes) >= MIN_SIZES
+    }
+    few = [name for name in report.families if name not in families]
+    if not families:
+        return ScalingFits(notes=(f"No family has {MIN_SIZES} sizes of finished runs to fit.",))
+    notes = [*study.notes, *frontier_notes(study, families)]
+    if few:
+        notes.append(f"Not fitted, fewer than {MIN_SIZES} sizes: {', '.join(few)}.")
+    try:
+        fits = _fits(study, families, level)
+    except ScipyMissingError as error:
+        return ScalingFits(notes=(f"No fits: {error}",))
+    return dataclasses.replace(fits, notes=(*notes, *fits.notes))
+
+
+def _fits(study: Study, families: Families, level: float) -> ScalingFits:
+    base = base_of(families, None)
+    lines = {name: fit_line(*points, level=level) for name, points in families.items()}
+    curves = line_curves(families, lines)
+    if len(families) > MAX_COMPARED:
+        tables = {LINES_TITLE: lines_table(lines, {}, base)}
+        note = f"Over {MAX_COMPARED} families are not compared here: `factorlm scale fit` does it."
+        return ScalingFits(curves=curves, tables=tables, notes=(note,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # the notes say it
+        laws = fit_power_laws(families, level=level)
+    compared = compare_lines(families, base, level=level) if len(families) > 1 else {}
+    tables = {LINES_TITLE: lines_table(lines, honest_splits(compared, base, study), base)}
+    notes = [
+        f"{SHARED} is not drawn: {name}: {text}."
+        for name, law in laws.items()
+        for text in law.warnings
+    ]
+    if notes:
+        return ScalingFits(curves=curves, tables=tables, notes=notes)
+    tables[SHARED] = gamma_table((), laws, middle_loss(families))
+    return ScalingFits(curves=[*shared_curves(families, laws, level), *curves], tables=tables)
+
+
+def line_curves(families: Families, lines: Mapping[str, LineFit]) -> list[ScalingCurve]:
+    """The straight lines of families with their bands; without one where nothing says how wide."""
+    curves = []
+    for name, line in lines.items():
+        places = _places(families[name][0])
+        low, high = line.band(places) if line.degrees_of_freedom else ((), ())
+        curves.append(_curve(name, LINE, places, line.predict(places), low, high))
+    return curves
+
+
+def shared_curves(
+    families: Families, laws: Mapping[str, PowerLawFit], level: float
+) -> list[ScalingCurve]:
+    """The laws of families, fitted with one E, with their bands."""
+    places = {name: _places(compute) for name, (compute, _) in families.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)
+        bands = power_law_bands(families, places, level=level)
+    return [
+        _curve(name, SHARED, places[name], law.predict(places[name]), *bands[name])
+        for name, law in laws.items()
+    ]
+
+
+def _places(compute: np.ndarray) -> np.ndarray:
+    return np.geomspace(compute.min() / MARGIN, compute.max() * MARGIN, NUM_PLACES)
+
+
+def _curve(
+    family: str,
+    law: str,
+    places: np.ndarray,
+    loss: np.ndarray,
+    low: np.ndarray | tuple[()],
+    high: np.ndarray | tuple[()],
+) -> ScalingCurve:
+    if not np.all(np.isfinite([*low, *high])):
+        low = high = ()  # nothing says how wide it is
+    columns = (np.asarray(values).tolist() for values in (places, loss, low, high))
+    compute, losses, lows, highs = columns
+    return ScalingCurve(family=family, law=law, compute=compute, loss=losses, low=lows, high=highs)
