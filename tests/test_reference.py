@@ -43,6 +43,8 @@ def recipe_fields() -> dict[str, object]:
             section = field.default_factory()
             values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
             found |= {f"{field.name}.{key}": plain(value) for key, value in values.items()}
+        elif field.name != "structure":  # which has tables of its own
+            found[field.name] = field.default_factory()
     return found
 
 

@@ -15,6 +15,7 @@ from factorlm.errors import StorageError
 from factorlm.storage.atomic import PathLike, storage_errors
 
 LOCK_FILE = ".lock"
+"""In a folder that is held: the lock, and the note of who holds it."""
 
 
 @contextlib.contextmanager
