@@ -177,22 +177,23 @@ def test_bytes_of_a_token_leave_out_an_untied_embedding() -> None:
 def test_bars_of_decoding_say_what_they_are_of() -> None:
     num_bytes = {"dense": 160, "low_rank": 100}
     times = timings({"dense": 3.0, "low_rank": 2.0, "low_rank, HF": 3.0})
-    bars = decode_bars(num_bytes, 1, WHOLE, times)
+    bars = decode_bars(num_bytes, 1, True, WHOLE, times)
     assert [(bar.value, bar.limit, bar.at_most) for bar in bars] == [
         (1.5, 1.25, False),
         (pytest.approx(1.5 / 1.6), 0.85, False),
     ]
     assert all(bar.name.endswith(", whole generation") for bar in bars)
-    assert len(decode_bars(num_bytes, 8, WHOLE, times)) == 1
+    assert len(decode_bars(num_bytes, 8, True, WHOLE, times)) == 1
+    assert len(decode_bars(num_bytes, 1, False, WHOLE, times)) == 1  # on a GPU
     steps = timings(
         {"dense": 3.0, "low_rank": 2.5, "dense, compiled": 4.0, "low_rank, compiled": 2.5}
     )
-    plain, compiled = decode_bars(num_bytes, 1, STEPS, steps)
+    plain, compiled = decode_bars(num_bytes, 1, True, STEPS, steps)
     assert (plain.name, plain.value) == (
         "dense / low_rank, by the ratio of their bytes, steps alone", pytest.approx(0.75)
     )  # fmt: skip
     assert compiled.value == 1.0
-    assert decode_bars(num_bytes, 1, WHOLE, timings({"dense": 3.0})) == []
+    assert decode_bars(num_bytes, 1, True, WHOLE, timings({"dense": 3.0})) == []
 
 
 def test_wrong_options_name_the_rule() -> None:

@@ -33,8 +33,8 @@ def test_one_batched_product_writes_into_the_panels(num_blocks: int, with_bias: 
     wide = torch.full((5, 4 * num_blocks + 2), torch.nan, dtype=torch.float64)
     y = wide[:, 1:-1]
     given = bias if with_bias else None
-    found = block_diagonal._batched_into(y, x, blocks.transpose(1, 2), given)
-    assert found is y
+    rows, out = (block_diagonal.panels(whole, num_blocks) for whole in (x, y))
+    assert block_diagonal.multiply_at_once(rows, blocks.transpose(1, 2), out, given) is out
     assert_close(y, wanted)
     assert wide[:, [0, -1]].isnan().all()
     assert_close(block_diagonal.multiply_panels(x, blocks.transpose(1, 2), given), wanted)
@@ -47,11 +47,38 @@ def test_one_batched_product_gives_the_gradients_of_blocks(num_blocks: int) -> N
         grad.T @ part
         for grad, part in zip(slope.chunk(num_blocks, 1), x.chunk(num_blocks, 1), strict=True)
     ]
-    empty = torch.full_like(blocks, torch.nan)
-    found = block_diagonal._batched_gradients(empty, slope, x)
-    assert found is empty
+    found = torch.full_like(blocks, torch.nan)
+    grads, rows = (block_diagonal.panels(whole, num_blocks) for whole in (slope, x))
+    block_diagonal.multiply_at_once(grads.mT, rows, found)
     assert_close(found, torch.stack(wanted))
     assert_close(block_diagonal.block_gradients(slope, x, blocks), found)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 2 * FEW_TOKENS])
+def test_block_shuffle_at_once_is_block_shuffle_in_turn(
+    num_tokens: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an accelerator computes it: values, with and without gradients, and gradients."""
+    inputs = [leaf(num_tokens, IN), leaf(BLOCKS, RANK, IN // BLOCKS), leaf(BLOCKS, OUT, RANK)]
+    inputs += [leaf(BLOCKS * OUT)] * with_bias
+
+    def everything() -> list[Tensor]:
+        y = block_shuffle.block_shuffle(*inputs)
+        with torch.no_grad():
+            alone = block_shuffle.block_shuffle(*inputs)
+        return [y, alone, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    wanted = everything()
+    calls: list[Tensor] = []
+
+    def at_once(*operands: Tensor) -> Tensor:
+        calls.append(operands[2])
+        return block_diagonal.multiply_at_once(*operands)
+
+    monkeypatch.setattr(block_shuffle, "multiply_each", at_once)
+    assert_close(everything(), wanted)
+    assert len(calls) == 8
 
 
 def saved_by(op, *leaves: Tensor, **options: bool) -> list[int]:  # type: ignore[no-untyped-def]

@@ -203,7 +203,7 @@ def measure_decode(
         options, shape, decode, dtype, models
     )
     device = torch.device(options.device)
-    bars = partial(decode_bars, num_bytes, batch_size)
+    bars = partial(decode_bars, num_bytes, batch_size, device.type == "cpu")
     promised = shape.width >= 1024
     yield measure_cases(
         "decode",
@@ -286,10 +286,10 @@ def generation_settings(
 
 
 def decode_bars(
-    num_bytes: Mapping[str, int], batch_size: int, timed: str, times: Timings
+    num_bytes: Mapping[str, int], batch_size: int, on_cpu: bool, timed: str, times: Timings
 ) -> list[Bar]:
-    """low_rank against the bytes that one token has to read, and against Hugging Face, which only
-    whole generations are; ``timed`` says which these are."""
+    """low_rank against the bytes that one token has to read, on a CPU, where they decide, and
+    against Hugging Face, which only whole generations are; ``timed`` says which these are."""
     bars = []
     for ending in ("", ", compiled"):
         ours, dense = f"low_rank{ending}", f"dense{ending}"
@@ -299,7 +299,7 @@ def decode_bars(
             value = times.ratio("low_rank, HF", ours)
             name = f"low_rank with generate of Hugging Face / with ours{ending}, {timed}"
             bars.append(Bar(name=name, value=value, limit=1.25, at_most=False))
-        if batch_size == 1:
+        if batch_size == 1 and on_cpu:
             value = times.ratio(dense, ours) * num_bytes["low_rank"] / num_bytes["dense"]
             name = f"dense / low_rank{ending}, by the ratio of their bytes, {timed}"
             bars.append(Bar(name=name, value=value, limit=0.85, at_most=False))

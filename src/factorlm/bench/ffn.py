@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, silu
 from factorlm.bench.bare import bare, bare_matmuls, factors_of
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
 from factorlm.bench.kernel import WIDE, step
-from factorlm.bench.options import BenchOptions, LinearSetting, Pass
+from factorlm.bench.options import BenchOptions, LinearSetting, Pass, quick_start
 from factorlm.bench.truth import check_layer
 from factorlm.layers import StructureConfig, StructuredLinear
 from factorlm.records import BenchmarkRecord
@@ -98,7 +98,7 @@ def build_ffns(
     make: Callable[..., FFN | GatedFFN] = GatedFFN if gated else FFN
     makers: dict[str, list[Callable[..., nn.Module]]] = {"dense": [nn.Linear, nn.Linear]}
     for name, config in setting.configs.items():
-        makers[name] = [config.build, downs[name].build]
+        makers[name] = [quick_start(one).build for one in (config, downs[name])]
     models = {}
     for name, (up, down) in makers.items():
         wide = [up(*setting.shape, **options) for _ in range(2 if gated else 1)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from factorlm.bench.bare import bare, bare_matmuls, factors_of
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases, no_bars
-from factorlm.bench.options import BenchOptions, LinearSetting, Pass
+from factorlm.bench.options import BenchOptions, LinearSetting, Pass, quick_start
 from factorlm.bench.truth import check_layer
 from factorlm.layers import LowRankConfig, SelfGuidedLinear, StructureConfig, StructuredLinear
 from factorlm.records import BenchmarkRecord
@@ -37,7 +37,7 @@ def measure_linear(setting: LinearSetting, rounds: int) -> BenchmarkRecord:
     plain: dict[str, Any] = {"bias": False, "device": setting.device}
     layers: dict[str, nn.Module] = {"dense": nn.Linear(*shape, **plain).to(like)}
     for name, config in setting.configs.items():
-        layers[name] = config.build(*shape, **plain).to(like)
+        layers[name] = quick_start(config).build(*shape, **plain).to(like)
     cases = {}
     for name, layer in layers.items():
         check_layer(layer, x)

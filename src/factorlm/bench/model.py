@@ -125,7 +125,7 @@ def measure_model(
         device=device,
         rounds=options.rounds,
         min_round_ms=1.0,
-        bars=partial(model_bars, flops) if shape.width >= 768 else no_bars,
+        bars=partial(model_bars, flops) if device.type == "cpu" and shape.width >= 768 else no_bars,
     )
 
 

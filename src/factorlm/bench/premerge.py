@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases
 from factorlm.bench.kernel import WIDE
-from factorlm.bench.options import DTYPES, BenchOptions
+from factorlm.bench.options import DTYPES, BenchOptions, quick_start
 from factorlm.bench.truth import CHECKED_TOKENS, check_layer, check_outputs
 from factorlm.errors import NumericError
 from factorlm.inference import pack_, tune
@@ -60,7 +60,7 @@ def build_layers(options: BenchOptions, shape: tuple[int, int], dtype: str) -> d
     if pack_(nn.Sequential(packed)):
         layers[PACKED] = packed
     for name, config in options.configs(*shape).items():
-        layer = config.build(*shape, bias=False, device=device, dtype=kept).eval()
+        layer = quick_start(config).build(*shape, bias=False, device=device, dtype=kept).eval()
         check_layer(layer, torch.randn(CHECKED_TOKENS, shape[0], device=device, dtype=kept))
         (table,) = tune(nn.Sequential(layer), max_tokens=max(options.num_tokens)).values()
         layers[name] = PreMergedLinear(layer, table.policy)
@@ -169,7 +169,11 @@ def _settings(
         "dtype": dtype,
         "pass": "forward",
         "share": options.share,
-        "structures": {name: layer.structured.config.to_target() for name, layer in tuned.items()},
+        "structures": {
+            name: config.to_target()
+            for name, config in options.configs(*shape).items()
+            if name in tuned
+        },
         "merged": {name: layer.policy.merges(num_tokens) for name, layer in tuned.items()},
         "timed": "CUDA graph" if torch.device(options.device).type == "cuda" else None,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
 
 import torch
@@ -95,11 +96,13 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph):
         output = step()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return output
+    return partial(_replay, graph, output, step)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, output: Tensor, step: object) -> Tensor:
+    """``step`` is only held: the graph reads what it refers to, where that lay in the capture."""
+    graph.replay()
+    return output
 
 
 def compile_frozen(steps: GraphSteps) -> Callable[[], Tensor]:

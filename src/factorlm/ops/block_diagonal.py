@@ -73,13 +73,10 @@ def multiply_panels(
 ) -> Tensor:
     """x (N, G a), matrices (G, a, b), bias (G b,) -> (N, G b), into ``out`` if that is given.
 
-    On a CPU a matmul for each block; elsewhere one batched matmul that writes with a stride. Not
-    seen by autograd.
+    Not seen by autograd.
     """
     num_blocks, _, width = matrices.shape
     y = x.new_empty(x.shape[0], num_blocks * width) if out is None else out
-    if x.device.type != "cpu":
-        return _batched_into(y, x, matrices, bias)
     multiply_each(panels(x, num_blocks), matrices, panels(y, num_blocks), bias)
     return y
 
@@ -92,8 +89,11 @@ def panels(x: Tensor, num_blocks: int) -> Tensor:
 def multiply_each(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """left (G, N, a), right (G, a, b), bias (G b,) -> ``out`` (G, N, b), any of them with strides.
 
-    A matmul for each block, each of which BLAS takes as it lies. Not seen by autograd.
+    On a CPU a matmul for each block, elsewhere one batched matmul; BLAS takes each as it lies. Not
+    seen by autograd.
     """
+    if out.device.type != "cpu":
+        return multiply_at_once(left, right, out, bias)
     if bias is None:
         for a, b, product in zip(left, right, out, strict=True):
             torch.mm(a, b, out=product)
@@ -103,25 +103,17 @@ def multiply_each(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None 
     return out
 
 
-def _batched_into(y: Tensor, x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-    num_blocks = matrices.shape[0]
-    rows, out = panels(x, num_blocks), panels(y, num_blocks)
+def multiply_at_once(
+    left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The same as one batched matmul, in one launch."""
     if bias is None:
-        torch.bmm(rows, matrices, out=out)
-    else:
-        torch.baddbmm(bias.view(num_blocks, 1, -1), rows, matrices, out=out)
-    return y
+        return torch.bmm(left, right, out=out)
+    return torch.baddbmm(bias.view(len(out), 1, -1), left, right, out=out)
 
 
 def block_gradients(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
     """grad (N, G b), x (N, G a), blocks (G, b, a) -> grad_gᵀ x_g (G, b, a), unseen by autograd."""
     gradients = torch.empty_like(blocks, memory_format=torch.contiguous_format)
-    if x.device.type != "cpu":
-        return _batched_gradients(gradients, grad, x)
     num_blocks = blocks.shape[0]
     return multiply_each(panels(grad, num_blocks).mT, panels(x, num_blocks), gradients)
-
-
-def _batched_gradients(gradients: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    num_blocks = gradients.shape[0]
-    return torch.bmm(panels(grad, num_blocks).mT, panels(x, num_blocks), out=gradients)

@@ -24,6 +24,8 @@ from factorlm.ops.block_diagonal import (
 
 TOKENS_AT_ONCE = 2048
 """On a CPU without gradients: of so many the values between the two products are held."""
+ROW_MULTIPLE = 8
+"""Rows of values between the products begin at multiples of so many: tensor cores need that."""
 
 
 def block_shuffle(
@@ -50,8 +52,7 @@ def block_shuffle(
 
 def _in_groups(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, I), bias (O,) -> (N, O), the outputs of each group beside each other."""
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and x.shape[0] > FEW_TOKENS:
+    if x.shape[0] > FEW_TOKENS and not torch.compiler.is_compiling():
         return _feature_major(x, first, second, bias)
     return _token_major(x, first, second, bias)
 
@@ -89,7 +90,7 @@ def _multiply_grouped(
     given, else held of some tokens at a time. Not seen by autograd."""
     num_blocks = first.shape[0]
     y = x.new_empty(x.shape[0], num_blocks * second.shape[1])
-    step = TOKENS_AT_ONCE if hidden is None else x.shape[0]
+    step = TOKENS_AT_ONCE if hidden is None and x.device.type == "cpu" else x.shape[0]
     if hidden is None:
         hidden = _new_hidden(x[:step], first)
     for part, out in zip(x.split(step), y.split(step), strict=True):
@@ -115,7 +116,7 @@ class _Grouped(torch.autograd.Function):
         x, first, second, hidden = ctx.saved_tensors
         needs_x, needs_first, needs_second, needs_bias = ctx.needs_input_grad
         inputs, slopes = panels(x, first.shape[0]), panels(grad, first.shape[0])
-        slope, x_grad = torch.empty_like(hidden), torch.empty_like(x) if needs_x else None
+        slope, x_grad = _new_hidden(x, first), torch.empty_like(x) if needs_x else None
         if needs_x or needs_first:
             multiply_each(second.mT, slopes.mT, _groups(slope, second))
         if x_grad is not None:
@@ -144,7 +145,10 @@ def _gradients(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
 
 
 def _new_hidden(x: Tensor, first: Tensor) -> Tensor:
-    return x.new_empty(first.shape[0] * first.shape[1], x.shape[0])
+    """(m, N), of longer rows where N is no ``ROW_MULTIPLE``."""
+    count = x.shape[0]
+    row = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+    return x.new_empty(first.shape[0] * first.shape[1], row)[:, :count]
 
 
 def block_shuffle_dense(first: Tensor, second: Tensor, *, output_shuffle: bool = True) -> Tensor:

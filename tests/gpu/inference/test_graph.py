@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from factorlm import LowRankConfig, factorize_
 from factorlm.inference import Decoder, Sampling
-from factorlm.inference.graph import GraphSteps
+from factorlm.inference.graph import GraphSteps, capture
 from factorlm.testing.models import tiny_model
 
 pytestmark = [
@@ -47,3 +49,14 @@ def test_samples_are_the_seeds_and_leave_the_global_state_alone() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_what_a_graph_reads_stays_as_long_as_its_replay() -> None:
+    x = torch.randn(3, 64, device="cuda")
+    weight = torch.randn(64, 64, device="cuda")
+    expected = x @ weight
+    replay = capture(partial(torch.matmul, x, weight))
+    del weight
+    others = [torch.full((64, 64), torch.nan, device="cuda") for _ in range(8)]
+    assert torch.equal(replay(), expected)
+    assert all(other.isnan().all() for other in others)
