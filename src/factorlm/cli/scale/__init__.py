@@ -1,3 +1,3 @@
 """``factorlm scale <command>``: scaling laws. A file a command, as in ``factorlm.cli``."""
 
-HELP = "fit scaling laws, with intervals, and test what is claimed of them"
+HELP = "train ladders of models, fit scaling laws with intervals, and test what is claimed of them"
