@@ -26,6 +26,8 @@ TOKENS_AT_ONCE = 2048
 """On a CPU without gradients: of so many the values between the two products are held."""
 ROW_MULTIPLE = 8
 """Rows of values between the products begin at multiples of so many: tensor cores need that."""
+PAGE_BYTES, CACHE_LINE_BYTES = 4096, 64
+"""Rows a whole number of pages apart fall on the same lines of a cache and push each other out."""
 
 
 def block_shuffle(
@@ -145,9 +147,11 @@ def _gradients(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
 
 
 def _new_hidden(x: Tensor, first: Tensor) -> Tensor:
-    """(m, N), of longer rows where N is no ``ROW_MULTIPLE``."""
+    """(m, N), of rows longer than N where N is no ``ROW_MULTIPLE`` or fills whole pages."""
     count = x.shape[0]
     row = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+    if row * x.element_size() % PAGE_BYTES == 0:
+        row += CACHE_LINE_BYTES // x.element_size()
     return x.new_empty(first.shape[0] * first.shape[1], row)[:, :count]
 
 
