@@ -9,7 +9,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,7 @@ class KeptCopy:
     def _new(self, tensors: tuple[Tensor, ...], make: Callable[[], Kept]) -> _Copy:
         # Noted before anything is computed: a change meanwhile must not go unseen.
         epoch = self._epoch
-        sources = tuple(
-            _Source(tensor, tensor._version, tensor.untyped_storage(), tensor.data_ptr())
-            for tensor in tensors
-        )
+        sources = tuple(map(_Source.of, tensors))
         kept = make()
         device = tensors[0].device
         if device.type not in ("cpu", "meta"):
@@ -76,6 +73,30 @@ class _Source(NamedTuple):
     storage: torch.UntypedStorage
     """Held, so that no other tensor can get its address."""
     address: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """``tensor`` as it is."""
+        return cls(
+            tensor=tensor,
+            version=tensor._version,
+            storage=tensor.untyped_storage(),
+            address=tensor.data_ptr(),
+            shape=tensor.shape,
+            strides=tensor.stride(),
+        )
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is the one it was, unchanged."""
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+            and tensor.shape == self.shape
+            and tensor.stride() == self.strides
+        )
 
 
 class _Copy(NamedTuple):
@@ -90,12 +111,7 @@ class _Copy(NamedTuple):
         """Whether it is that of ``tensors`` as they are."""
         if self.epoch is not epoch or len(tensors) != len(self.sources):
             return False
-        return all(
-            tensor is source.tensor
-            and tensor._version == source.version
-            and tensor.data_ptr() == source.address
-            for tensor, source in zip(tensors, self.sources, strict=True)
-        )
+        return all(map(_Source.is_still, self.sources, tensors))
 
 
 def watchable_tensors(layer: nn.Module) -> tuple[Tensor, ...] | None:
