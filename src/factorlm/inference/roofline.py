@@ -115,11 +115,13 @@ def _matmul(num_tokens: int, num_weights: int, width_in: int, width_out: int) ->
 
 
 def _structured(case: LayerCase, num_tokens: int) -> Iterator[_Operation]:
-    """One matmul a factor. What orders the outputs of a block-diagonal one is started too; the
-    values that it moves are not counted, since kernels may write them where they belong."""
-    for factor in case.config.factors(case.in_features, case.out_features):
+    """One matmul a factor. What orders the outputs of a block-diagonal one is started too, on an
+    accelerator only after the last, since there a batched product writes where the next one reads.
+    The values that it moves are not counted: kernels may write them where they belong."""
+    factors = case.config.factors(case.in_features, case.out_features)
+    for factor in factors:
         width_out = factor.num_blocks * factor.fan_out
         width_in = factor.num_blocks * factor.fan_in
         yield _matmul(num_tokens, factor.num_params, width_in, width_out)
-        if factor.num_blocks > 1:
+        if factor.num_blocks > 1 and (case.device_type == "cpu" or factor is factors[-1]):
             yield _Operation(0, 0)
