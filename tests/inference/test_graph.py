@@ -8,8 +8,9 @@ import torch
 from factorlm import LowRankConfig, factorize_
 from factorlm.anatomy import anatomy_of
 from factorlm.errors import ConfigError
-from factorlm.inference import Decoder, Sampling, generate_tokens, graph
-from factorlm.inference.graph import NUM_WARM_UPS, GraphSteps, can_capture, is_steady
+from factorlm.inference import Decoder, Sampling, capture, generate_tokens
+from factorlm.inference.capture import NUM_WARM_UPS
+from factorlm.inference.graph import GraphSteps, can_capture, is_steady
 from factorlm.inference.steps import CachedSteps
 from factorlm.testing.models import TINY_CONFIGS, tiny_input_ids, tiny_model
 
@@ -22,12 +23,12 @@ NOT_STEADY = {"bloom", "mpt"}
 def _run_instead_of_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warm-ups leave their traces, as a capture's do."""
 
-    def run(step):
+    def run(step, device):
         for _ in range(NUM_WARM_UPS):
             step()
         return step
 
-    monkeypatch.setattr(graph, "capture", run)
+    monkeypatch.setattr(capture, "record", run)
 
 
 @torch.no_grad()

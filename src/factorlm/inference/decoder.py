@@ -53,8 +53,9 @@ class Decoder:
 
     ``model`` is a causal language model in eval mode. ``max_length`` is how many tokens a row may
     have, prompt included; None: as many as a call needs, and a call that needs more than those
-    before it allocates anew. A CUDA graph is captured once for each batch size, and reads the
-    weights where they are: after a change that replaces them (``to``, merging), make a new
+    before it allocates anew. A CUDA graph is captured once for each batch size, and again for a
+    generation that finds weights elsewhere (``to``, ``load_state_dict(assign=True)``) or copies of
+    ``premerge_`` dropped. After a change of the layers themselves (``premerge_``) make a new
     ``Decoder``. ``cuda_graph=False`` is for a model whose own code cannot be captured.
 
     One object serves one thread at a time; threads that share a model take a ``Decoder`` each.
@@ -145,14 +146,14 @@ class Decoder:
         check(not self.model.training, "the model is in training mode; call model.eval() first")
 
     def _steps(self, batch: int, length: int) -> Steps:
-        """What was kept from a call with as many rows, if it is long enough."""
+        """What was kept from a call with as many rows, if it is long enough and still right."""
         key = (batch, self.model.dtype, self.model.device)
         kept = self._kept.get(key)
-        if kept is None or kept.max_length < length:
-            self._kept.pop(key, None)  # its memory is free before more is asked for
-            kept = self._make_steps(batch, self.max_length or length)
-            self._kept[key] = kept
-        return kept
+        if kept is None or kept.max_length < length or not kept.is_current():
+            del kept  # with all of its memory, before more is asked for
+            self._kept.pop(key, None)
+            self._kept[key] = self._make_steps(batch, self.max_length or length)
+        return self._kept[key]
 
     def _make_steps(self, batch: int, length: int) -> Steps:
         if self._compiled:
