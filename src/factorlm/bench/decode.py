@@ -26,7 +26,8 @@ from factorlm.bench.cases import (
     record_of,
     require_close,
 )
-from factorlm.bench.model import ModelShape, dense_twin, structures_of
+from factorlm.bench.model import ModelShape, structures_of
+from factorlm.bench.model_truth import dense_twin
 from factorlm.bench.options import DTYPES, BenchOptions
 from factorlm.config import Config, check
 from factorlm.errors import NumericError
