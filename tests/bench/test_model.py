@@ -9,15 +9,17 @@ import torch
 from tests.bench.test_linear import timings
 from tests.bench.test_truth import Halved
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import linear
 
-from factorlm.bench import BenchOptions
+from factorlm.bench import BenchOptions, measure_cases
 from factorlm.bench.model import ModelShape, benchmark_model, model_bars, random_ids
 from factorlm.bench.model_truth import NUM_CHECKED, TrueStep
 from factorlm.errors import ConfigError, NumericError
 from factorlm.layers import BlockShuffleConfig, StructuredLinear
 from factorlm.ops import block_shuffle
 from factorlm.ops.block_diagonal import FEW_TOKENS
+from factorlm.records import BenchmarkRecord
 
 OPTIONS = BenchOptions(num_tokens=(64,), dtypes=("fp32",), rounds=2, structures=("low_rank",))
 SHAPE = ModelShape(width=64, num_layers=2, vocab_size=128, context_length=32)
@@ -49,7 +51,18 @@ def compile_by_aot(layer: nn.Module) -> None:
 
 def test_compiled_steps_are_timed_beside_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", compile_by_aot)
+    compiled_graphs: list[int] = []
+
+    def noted(*args: Any, **options: Any) -> BenchmarkRecord:
+        before = counters["stats"]["unique_graphs"]
+        found = measure_cases(*args, **options)
+        compiled_graphs.append(counters["stats"]["unique_graphs"] - before)
+        assert before > 0
+        return found
+
+    monkeypatch.setattr("factorlm.bench.model.measure_cases", noted)
     (record,) = benchmark_model(OPTIONS.replace(compiled=True), SHAPE)
+    assert compiled_graphs == [0]  # what was checked is what is timed
     assert set(record.cases) == {"dense", "low_rank", "dense, compiled", "low_rank, compiled"}
     ideals = {name: case["ideal_speedup"] for name, case in record.cases.items()}
     assert ideals["low_rank, compiled"] == ideals["low_rank"]
@@ -88,7 +101,7 @@ def test_a_right_model_passes_and_keeps_no_gradient(structure: str, rows: int) -
 def test_the_step_that_is_timed_is_the_one_that_is_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same tokens in the same shape, so nothing is compiled again either."""
+    """All of its tokens at once, under its autocast."""
     seen: list[tuple[int, ...]] = []
     right = StructuredLinear.__call__
 
