@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,13 +61,28 @@ def test_bfloat16_is_near_the_truth(
     inputs = leaves(torch.float32 if autocast else torch.bfloat16, *factors)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = op(*inputs)
+    assert_near_truth(found, inputs, lambda x, a, b, bias: x @ to_dense(a, b).t() + bias)
+    assert calls == [torch.bfloat16] * num_products
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_of_the_form_that_is_compiled_is_near_the_truth(autocast: bool) -> None:
+    """Plain PyTorch, of which the compiler makes what it runs."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    inputs = leaves(dtype, (BLOCKS, OUT // BLOCKS, IN // BLOCKS))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = block_diagonal.block_diagonal_batched(*inputs)
+    assert_near_truth(found, inputs, lambda x, a, bias: x @ torch.block_diag(*a).t() + bias)
+
+
+def assert_near_truth(found: Tensor, inputs: list[Tensor], exactly: Callable[..., Tensor]) -> None:
+    """``found`` and its gradients are those of ``exactly`` in float64."""
+    assert found.dtype == torch.bfloat16
     slope = torch.rand(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     gradients = torch.autograd.grad(found, inputs, slope)
-    assert calls == [torch.bfloat16] * num_products
     assert [one.dtype for one in gradients] == [one.dtype for one in inputs]
-
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    wanted = exact[0] @ to_dense(*exact[1:3]).t() + exact[3]
+    wanted = exactly(*exact)
     expected = torch.autograd.grad(wanted, exact, slope.double())
     for mine, truth in zip((found, *gradients), (wanted, *expected), strict=True):
         error = torch.linalg.norm(mine.double() - truth)
