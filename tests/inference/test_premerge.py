@@ -107,7 +107,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def test_a_tolerance_is_stated_for_each_dtype() -> None:
-    assert list(TOLERANCES) == [torch.float64, torch.float32, torch.bfloat16]
+    assert list(TOLERANCES) == [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
