@@ -113,6 +113,19 @@ def test_stops_at_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert found.tokens_per_second == 1 / found.prefill_seconds
 
 
+def test_stops_at_the_ends_of_the_generation_config_too(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chat models state them: a list, of which the tokenizer has one."""
+    free = greedy_ids(model, [*b"ab c"], 20)
+    ends = [EOS, free[4], free[9]]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    found = generate_text(model, tokenizer, "ab c", max_new_tokens=20, sampling=GREEDY)
+    by_hugging_face = model.generate(torch.tensor([[*b"ab c"]]), do_sample=False, max_new_tokens=20)
+    assert found.num_new_tokens == by_hugging_face.shape[1] - 4
+    assert found.num_new_tokens == min(map(free.index, ends[1:])) + 1 < 20
+
+
 def test_speed_is_that_of_the_median_token() -> None:
     found = Generation(
         text="",

@@ -78,8 +78,8 @@ def generate_texts(
     on_text: Callable[[int, str], None] | None = None,
     compiled: bool = False,
 ) -> list[Generation]:
-    """Go on with each prompt, all in one batch, until the end-of-text token, a string of ``stop``
-    or ``max_new_tokens``.
+    """Go on with each prompt, all in one batch, until an end-of-text token (the tokenizer's, or
+    one of the model's generation config), a string of ``stop`` or ``max_new_tokens``.
 
     None stands for 200 tokens, or as many as the model has positions for; an empty prompt begins
     a new document. A stop string is not part of the text. ``on_text`` gets a row and its new text
@@ -91,7 +91,6 @@ def generate_texts(
     longest = max(map(len, ids), default=0)
     count = _num_new_tokens(model, longest, max_new_tokens)
     streams = [TextStream(tokenizer, stop, _of_row(on_text, row)) for row in range(len(ids))]
-    eos_ids = _eos_ids(model, tokenizer)
     decoder = Decoder(model, max_length=longest + count, compiled=compiled)
     warm_up = min(count, WARM_UP_TOKENS)
     decoder.generate(ids, max_new_tokens=warm_up, sampling=Sampling(greedy=True))
@@ -99,8 +98,7 @@ def generate_texts(
         ids,
         max_new_tokens=count,
         sampling=sampling,
-        eos_ids=eos_ids,
-        pad_id=min(eos_ids, default=0),
+        eos_ids=_eos_ids(model, tokenizer),
         on_token=lambda row, token: streams[row].add(token),
     )
     for stream in streams:
@@ -124,14 +122,11 @@ def _num_new_tokens(model: PreTrainedModel, num_prompt_tokens: int, wanted: int 
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's end of text; the model's own where the tokenizer has none."""
+    """The tokenizer's end of text, and all that the model's generation config ends at."""
     own = model.generation_config
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = None if own is None else own.eos_token_id
-    if eos is None:
-        return set()
-    return set(eos) if isinstance(eos, list) else {eos}
+    given = [tokenizer.eos_token_id, None if own is None else own.eos_token_id]
+    ids = (one for eos in given for one in (eos if isinstance(eos, list) else [eos]))
+    return {one for one in ids if one is not None}
 
 
 def _of_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:
