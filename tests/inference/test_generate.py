@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from factorlm.data.tokenizer_building import build_tokenizer
 from factorlm.errors import ConfigError
@@ -212,3 +213,30 @@ def test_each_row_ends_at_its_first_stop_string(
 def test_no_prompt_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ConfigError, match=r"prompts=\[\] must have at least one row"):
         generate_texts(model, tokenizer, [])
+
+
+def test_text_goes_on_from_its_prompt() -> None:
+    """With a decoder that strips the space before the first token that it gets, as Llama 2's."""
+    words = {"<unk>": 0} | {f"▁w{place}": place for place in range(1, 99)}
+    built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>")
+    model = tiny_model("llama", initializer_range=0.3, eos_token_id=None)
+    prompts = ["w5 w7", "w9"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    assert ids == [[5, 7], [9]]
+    streamed = list(prompts)
+
+    def on_text(row: int, text: str) -> None:
+        streamed[row] += text
+
+    found = generate_texts(
+        model, tokenizer, prompts, max_new_tokens=6, sampling=GREEDY, on_text=on_text
+    )
+    for row, prompt in enumerate(prompts):
+        whole = tokenizer.decode([*ids[row], *greedy_ids(model, ids[row], 6)])
+        assert prompt + found[row].text == streamed[row] == whole
+        assert found[row].text.startswith(" w")

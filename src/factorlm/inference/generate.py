@@ -90,7 +90,10 @@ def generate_texts(
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, ids), default=0)
     count = _num_new_tokens(model, longest, max_new_tokens)
-    streams = [TextStream(tokenizer, stop, _of_row(on_text, row)) for row in range(len(ids))]
+    streams = [
+        TextStream(tokenizer, stop, _of_row(on_text, row), prompt)
+        for row, prompt in enumerate(ids)
+    ]
     decoder = Decoder(model, max_length=longest + count, compiled=compiled)
     warm_up = min(count, WARM_UP_TOKENS)
     decoder.generate(ids, max_new_tokens=warm_up, sampling=Sampling(greedy=True))
