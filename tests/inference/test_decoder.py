@@ -247,3 +247,26 @@ def test_refuses(
 def test_refuses_a_model_in_training_mode() -> None:
     with pytest.raises(ConfigError, match=r"in training mode; call model\.eval\(\) first"):
         generate_tokens(tiny_model("llama").train(), PROMPTS, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_may_come_and_go(model: PreTrainedModel, first: bool) -> None:
+    """Memory that was allocated in it could not be written outside."""
+    decoder = Decoder(model, max_length=30)
+    expected = by_hugging_face(model, PROMPTS, COUNT)
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            found = decoder.generate(PROMPTS, max_new_tokens=COUNT, sampling=GREEDY)
+            assert torch.is_inference_mode_enabled() is inside
+        assert torch.equal(found.ids, expected)
+        assert not found.ids.is_inference()
+
+
+def test_no_call_leaves_a_graph_of_gradients(model: PreTrainedModel) -> None:
+    logits: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda *given: logits.append(given[-1]))
+    with torch.enable_grad():
+        generate_tokens(model, PROMPTS, max_new_tokens=3)
+    hook.remove()
+    assert len(logits) >= 3
+    assert not any(one.requires_grad for one in logits)

@@ -82,6 +82,7 @@ class Decoder:
         self._kept: dict[tuple[object, ...], Steps] = {}
         use_decode_attention(model)
 
+    @torch.inference_mode(False)  # what is kept has to serve callers outside of it too
     @torch.no_grad()
     def generate(
         self,
