@@ -231,7 +231,8 @@ def test_top_k_of_one_is_greedy(model: PreTrainedModel) -> None:
     [
         ([], 1, r"prompts=\[\] must have at least one row"),
         ([[5], []], 1, r"the prompts of rows \[1\] must have at least one token"),
-        ([[5, 99]], 1, "token 99 of a prompt exceeds the vocabulary of 99"),
+        ([[5, 99]], 1, r"prompts\[0\]\[1\]=99 must lie in the model's vocabulary, from 0 to 98"),
+        ([[5], [1, 2, -1]], 1, r"prompts\[1\]\[2\]=-1 must lie in the model's vocabulary, from 0"),
         ([[5]], 0, "max_new_tokens=0 must be at least 1"),
         ([[5] * 3], 62, "max_new_tokens=62 after a prompt of 3 tokens exceeds the model's max_pos"),
         ([[5] * 3], 18, "max_new_tokens=18 after a prompt of 3 tokens exceeds the decoder's max_l"),
@@ -242,6 +243,13 @@ def test_refuses(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Decoder(model, max_length=20).generate(prompts, max_new_tokens=count)
+
+
+@pytest.mark.parametrize("pad_id", [-1, 99])
+def test_refuses_a_pad_that_is_no_token(model: PreTrainedModel, pad_id: int) -> None:
+    rule = "must lie in the model's vocabulary, from 0 to 98"
+    with pytest.raises(ConfigError, match=f"pad_id={pad_id} {rule}"):
+        generate_tokens(model, PROMPTS, max_new_tokens=1, pad_id=pad_id)
 
 
 def test_refuses_a_model_in_training_mode() -> None:

@@ -98,10 +98,10 @@ class Decoder:
 
         Prompts of different lengths are padded on the left; a row's greedy tokens are those that
         it has alone. Samples depend on the seed and on the number of rows; the global random
-        state is neither read nor changed. Raises ``ConfigError`` for an empty prompt, an unknown
-        token, too many tokens, or a model in training mode.
+        state is neither read nor changed. Raises ``ConfigError`` for an empty prompt, an id
+        that is no token of the model, too many tokens, or a model in training mode.
         """
-        self._check(prompts, max_new_tokens)
+        self._check(prompts, max_new_tokens, pad_id)
         sampling = sampling or Sampling()
         device = self.model.device
         since = time.perf_counter()
@@ -129,13 +129,13 @@ class Decoder:
             decode_ms=tuple(1000 * one for one in seconds[1:]),
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int
+    ) -> None:
         check(len(prompts) > 0, "prompts=[] must have at least one row")
         empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
         check(not empty, f"the prompts of rows {empty} must have at least one token")
-        limit = self.model.get_input_embeddings().num_embeddings
-        highest = max(max(prompt) for prompt in prompts)
-        check(highest < limit, f"token {highest} of a prompt exceeds the vocabulary of {limit}")
+        self._check_ids(prompts, pad_id)
         length = max(len(prompt) for prompt in prompts)
         check_room(self.model, length, max_new_tokens)
         check(
@@ -144,6 +144,18 @@ class Decoder:
             f"decoder's max_length={self.max_length}",
         )
         check(not self.model.training, "the model is in training mode; call model.eval() first")
+
+    def _check_ids(self, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        limit = self.model.get_input_embeddings().num_embeddings
+        rule = f"must lie in the model's vocabulary, from 0 to {limit - 1}"
+        check(0 <= pad_id < limit, f"pad_id={pad_id} {rule}")
+        wrong = [
+            f"prompts[{row}][{place}]={token}"
+            for row, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+            if not 0 <= token < limit
+        ]
+        check(not wrong, f"{', '.join(wrong[:8])} {rule}")
 
     def _steps(self, batch: int, length: int) -> Steps:
         """What was kept from a call with as many rows, if it is long enough."""
