@@ -18,7 +18,7 @@ from factorlm import (
     factorize_,
     premerge_,
 )
-from factorlm.errors import ConfigError
+from factorlm.errors import ConfigError, NumericError
 from factorlm.inference import (
     Decoder,
     Sampling,
@@ -278,3 +278,39 @@ def test_no_call_leaves_a_graph_of_gradients(model: PreTrainedModel) -> None:
     hook.remove()
     assert len(logits) >= 3
     assert not any(one.requires_grad for one in logits)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_p=None)], ids=str)
+def test_logits_that_are_not_finite_end_the_generation(sampling: Sampling) -> None:
+    """By name, and what is kept serves the next call; a row that has ended does not matter."""
+    model = varied_model("llama")
+    free = generate_tokens(model, PROMPTS, max_new_tokens=COUNT, sampling=GREEDY).ids
+    decoder, bad = Decoder(model), int(free[1, 2])
+    weight = model.get_input_embeddings().weight
+    sound = weight[bad].clone()
+    with torch.no_grad():
+        weight[bad] = torch.nan
+    with pytest.raises(NumericError, match=r"logits of rows \[1\] for new token 1 are not finite"):
+        decoder.generate([[5], [bad]], max_new_tokens=3, sampling=sampling)
+    with torch.no_grad():
+        weight[bad] = sound
+    found = decoder.generate(PROMPTS, max_new_tokens=COUNT, sampling=GREEDY)
+    assert torch.equal(found.ids, free)
+
+
+def test_a_row_that_has_ended_may_have_any_logits() -> None:
+    """Its pads are no text of the model."""
+    model = varied_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[98] = torch.nan
+    ended = []
+
+    def on_token(row: int, token: int) -> bool:
+        ended.append(row)
+        return row == 1
+
+    found = generate_tokens(
+        model, [[5], [6]], max_new_tokens=4, sampling=GREEDY, pad_id=98, on_token=on_token
+    )
+    assert found.num_new_tokens == (4, 1)
+    assert ended == [0, 1, 0, 0, 0]

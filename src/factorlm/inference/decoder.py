@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from factorlm.config import check
+from factorlm.errors import NumericError
 from factorlm.inference.attention import use_decode_attention
 from factorlm.inference.graph import GraphSteps, can_capture, can_compile
-from factorlm.inference.sampling import Sampler, Sampling
+from factorlm.inference.sampling import NO_TOKEN, Sampler, Sampling
 from factorlm.inference.steps import Steps, plain_steps, takes_cache
 
 OnToken = Callable[[int, int], bool]
@@ -99,7 +100,8 @@ class Decoder:
         Prompts of different lengths are padded on the left; a row's greedy tokens are those that
         it has alone. Samples depend on the seed and on the number of rows; the global random
         state is neither read nor changed. Raises ``ConfigError`` for an empty prompt, an id
-        that is no token of the model, too many tokens, or a model in training mode.
+        that is no token of the model, too many tokens, or a model in training mode. Raises
+        ``NumericError`` for logits that are not finite.
         """
         self._check(prompts, max_new_tokens, pad_id)
         sampling = sampling or Sampling()
@@ -129,9 +131,7 @@ class Decoder:
             decode_ms=tuple(1000 * one for one in seconds[1:]),
         )
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int
-    ) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int) -> None:
         check(len(prompts) > 0, "prompts=[] must have at least one row")
         empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
         check(not empty, f"the prompts of rows {empty} must have at least one token")
@@ -256,12 +256,21 @@ class _Rows:
 
     def add(self, new: list[int]) -> None:
         """Take the tokens of a step, and end the rows that end with theirs."""
+        self._check(new)
         self.steps.append(new)
         for row, token in enumerate(new):
             if self.lengths[row] is None and self._ends(row, token):
                 self.lengths[row] = len(self.steps)
                 self.num_open -= 1
                 self._ended[row] = True
+
+    def _check(self, new: list[int]) -> None:
+        bad = [row for row, token in enumerate(new) if token == NO_TOKEN]
+        if bad:
+            raise NumericError(
+                f"the logits of rows {bad} for new token {len(self.steps) + 1} are not finite: "
+                "weights that are not, or values beyond the range of the model's dtype"
+            )
 
     def _ends(self, row: int, token: int) -> bool:
         asked = self._on_token is not None and self._on_token(row, token)
