@@ -36,7 +36,8 @@ class TokenGeneration:
     prefill_seconds: float
     """Until the first new token of all rows."""
     decode_ms: tuple[float, ...]
-    """Of each later step, which adds one token to every row."""
+    """Of each later step, which adds one token to every row; what ``on_token`` does
+    with it is left out."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -116,12 +117,11 @@ class Decoder:
         while True:
             tokens = rows.pad(choose(logits))
             new = tokens.tolist()  # waits for the device
-            now = time.perf_counter()
-            seconds.append(now - since)
-            since = now
+            seconds.append(time.perf_counter() - since)
             rows.add(new)
             if rows.num_open == 0 or len(seconds) == max_new_tokens:
                 break
+            since = time.perf_counter()  # what ``on_token`` does is no part of a step
             logits = steps.step(tokens)
         return TokenGeneration(
             ids=torch.tensor(rows.steps).T,
