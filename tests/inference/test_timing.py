@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from factorlm.inference import Sampling, decoder, generate_tokens
+from factorlm.inference import Decoder, Sampling, decoder, generate_tokens, graph
+from factorlm.inference.cache import StaticKVLayer
 from factorlm.testing.models import tiny_model
 
 GREEDY = Sampling(greedy=True)
@@ -34,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def model(clock: Clock) -> PreTrainedModel:
     """A second for each of its tokens."""
 
-    def work(module: nn.Module, args: object, given: dict[str, torch.Tensor]) -> None:
+    def work(module: nn.Module, args: object, given: dict[str, Tensor]) -> None:
         clock.seconds += given["input_ids"].shape[1]
 
     made = tiny_model("llama")
@@ -51,3 +53,50 @@ def test_what_is_done_with_a_token_counts_nowhere(model: PreTrainedModel, clock:
     assert found.prefill_seconds == 3
     assert found.decode_ms == (1000,) * 4
     assert clock.seconds >= 1000
+
+
+def slow_once(clock: Clock, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``step``, whose first call takes an hour."""
+    left = [3600]
+
+    def run() -> Tensor:
+        clock.seconds += left.pop() if left else 0
+        return step()
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["plain", "captured", "compiled"])
+def test_a_first_call_takes_as_long_as_later_ones(
+    model: PreTrainedModel, clock: Clock, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What it makes for all of them is no part of it, and neither is what a longer one makes."""
+
+    def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        slow_once(clock, step)()
+        return step
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "compile_frozen", lambda steps: slow_once(clock, steps._step))
+    monkeypatch.setattr(decoder, "can_capture", lambda *given: way == "captured")
+    made = Decoder(model, compiled=way == "compiled")
+    for count in (4, 4, 9):
+        found = made.generate(PROMPTS, max_new_tokens=count, sampling=GREEDY)
+        assert found.prefill_seconds == 3
+        assert found.decode_ms == (1000,) * (count - 1)
+    assert (clock.seconds > 2 * 3600) is (way != "plain")
+
+
+def test_memory_is_there_before_the_clock_starts(
+    model: PreTrainedModel, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = StaticKVLayer.lazy_initialization
+
+    def slow(self: StaticKVLayer, keys: Tensor, values: Tensor) -> None:
+        clock.seconds += 3600
+        allocate(self, keys, values)
+
+    monkeypatch.setattr(StaticKVLayer, "lazy_initialization", slow)
+    found = generate_tokens(model, PROMPTS, max_new_tokens=2, sampling=GREEDY)
+    assert found.prefill_seconds == 3
+    assert clock.seconds > 3600

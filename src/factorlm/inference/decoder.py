@@ -34,7 +34,7 @@ class TokenGeneration:
     num_prompt_tokens: tuple[int, ...]
     """Of each row, without padding."""
     prefill_seconds: float
-    """Until the first new token of all rows."""
+    """Until the first new token of all rows, once memory, graph and program are there."""
     decode_ms: tuple[float, ...]
     """Of each later step, which adds one token to every row; what ``on_token`` does
     with it is left out."""
@@ -107,12 +107,13 @@ class Decoder:
         self._check(prompts, max_new_tokens, pad_id)
         sampling = sampling or Sampling()
         device = self.model.device
-        since = time.perf_counter()
-        ids, num_pads = _pad_left(prompts, pad_id, device)
-        steps = self._steps(len(prompts), ids.shape[1] + max_new_tokens)
+        longest = max(len(prompt) for prompt in prompts)
+        steps = self._steps(len(prompts), longest + max_new_tokens)
+        ids, num_pads = _pad_left(prompts, pad_id, device)  # waits for what ``_steps`` began
         rows = _Rows(len(prompts), frozenset(eos_ids), pad_id, on_token, device)
         choose = Sampler(sampling, device)
         seconds: list[float] = []
+        since = time.perf_counter()
         logits = steps.prefill(ids, num_pads)
         while True:
             tokens = rows.pad(choose(logits))
@@ -164,6 +165,8 @@ class Decoder:
         if kept is None or kept.max_length < length:
             self._kept.pop(key, None)  # its memory is free before more is asked for
             kept = self._make_steps(batch, self.max_length or length)
+            # Allocates, compiles and makes copies of weights: no part of a call's time.
+            kept.prefill(torch.zeros(batch, 1, dtype=torch.long, device=self.model.device), None)
             self._kept[key] = kept
         return kept
 
