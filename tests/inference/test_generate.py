@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -8,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from factorlm.data.tokenizer_building import build_tokenizer
 from factorlm.errors import ConfigError
 from factorlm.inference import (
+    Decoder,
     Generation,
     Sampling,
     generate_text,
@@ -240,3 +244,51 @@ def test_text_goes_on_from_its_prompt() -> None:
         whole = tokenizer.decode([*ids[row], *greedy_ids(model, ids[row], 6)])
         assert prompt + found[row].text == streamed[row] == whole
         assert found[row].text.startswith(" w")
+
+
+def lengths_of_forwards(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of tokens a row of every forward to come."""
+    found: list[int] = []
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def counted(*args: Any, **given: Any) -> Any:
+        found.append(given["input_ids"].shape[1])
+        return forward(*args, **given)
+
+    monkeypatch.setattr(model, "forward", counted)
+    return found
+
+
+def test_a_prompt_is_computed_once(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new decoder makes its memory with a single token; one that is kept has it."""
+    lengths = lengths_of_forwards(model, monkeypatch)
+    generate_text(model, tokenizer, "ab c", max_new_tokens=3)
+    assert lengths == [1, 4, 1, 1]
+    decoder = Decoder(model, max_length=40)
+    for expected in ([1, 4, 1, 1], [4, 1, 1], [4, 1, 1]):
+        lengths.clear()
+        generate_text(model, tokenizer, "ab c", max_new_tokens=3, decoder=decoder)
+        assert lengths == expected
+
+
+def test_a_decoder_that_is_kept_gives_the_same_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    decoder = Decoder(model, max_length=30)
+    for prompts in (["ab c", "x"], ["hello"], ["x", "ab c"]):
+        found = generate_texts(model, tokenizer, prompts, sampling=GREEDY, decoder=decoder)
+        free = generate_texts(model, tokenizer, prompts, sampling=GREEDY, max_new_tokens=29)
+        longest = max(map(len, prompts))
+        assert [one.text for one in found] == [one.text[: 30 - longest] for one in free]
+        assert {one.num_new_tokens for one in found} == {30 - longest}
+
+
+def test_a_decoder_of_another_model_is_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    other = Decoder(tiny_model("llama", vocab_size=257))
+    with pytest.raises(ConfigError, match="decoder must be one of the model that is given"):
+        generate_text(model, tokenizer, "a", decoder=other)
