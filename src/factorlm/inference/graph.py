@@ -7,10 +7,13 @@ next token is a number on the device. Hugging Face's ``StaticLayer`` is made for
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +22,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from factorlm.inference.capture import NUM_WARM_UPS, capture
 from factorlm.inference.steps import LastLogits, Steps
+
+_COMPILING = threading.Lock()
+"""Held while a step is compiled, so that what was generated then belongs to it."""
 
 
 class GraphSteps(Steps):
@@ -51,7 +57,8 @@ class GraphSteps(Steps):
         """See ``Steps``."""
         if self._has_to_compile:  # the first call may run the step twice
             self._prefill(ids[:, :1], None)
-            self._replay()
+            with _weights_go_with(self):
+                self._replay()
             self._has_to_compile = False
         return self._prefill(ids, num_pads)
 
@@ -135,6 +142,25 @@ def compile_frozen(steps: GraphSteps) -> Callable[[], Tensor]:
             return program()
 
     return run
+
+
+@contextmanager
+def _weights_go_with(steps: GraphSteps) -> Iterator[None]:
+    """What is compiled within loses its packed weights when ``steps`` is collected: PyTorch keeps
+    every module that it generates, to the end of the process, and they are constants of one."""
+    from torch._inductor.codecache import PyCodeCache
+
+    with _COMPILING:
+        known = len(PyCodeCache.modules)
+        yield
+        made = PyCodeCache.modules[known:]
+    weakref.finalize(steps, _drop_weights, made).atexit = False
+
+
+def _drop_weights(modules: list[ModuleType]) -> None:
+    for module in modules:
+        for name in [name for name in vars(module) if name.startswith("_frozen_param")]:
+            delattr(module, name)
 
 
 def can_compile(model: PreTrainedModel, max_length: int) -> bool:
