@@ -72,11 +72,11 @@ def test_a_first_call_takes_as_long_as_later_ones(
 ) -> None:
     """What it makes for all of them is no part of it, and neither is what a longer one makes."""
 
-    def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(step: Callable[[], Tensor], device: object) -> Callable[[], Tensor]:
         slow_once(clock, step)()
         return step
 
-    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr("factorlm.inference.capture.record", record)
     monkeypatch.setattr(graph, "compile_frozen", lambda steps: slow_once(clock, steps._step))
     monkeypatch.setattr(decoder, "can_capture", lambda *given: way == "captured")
     made = Decoder(model, compiled=way == "compiled")
