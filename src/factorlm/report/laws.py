@@ -67,19 +67,22 @@ def report_fits(report: Report, *, level: float = 0.95) -> ScalingFits:
 
 def _fits(study: Study, families: Families, level: float) -> ScalingFits:
     base = base_of(families, None)
-    lines = {name: fit_line(*points, level=level) for name, points in families.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # the notes say it
+        lines = {name: fit_line(*points, level=level) for name, points in families.items()}
     curves = line_curves(families, lines)
+    remarks = [f"{name}: {text}." for name, line in lines.items() for text in line.warnings]
     if len(families) > MAX_COMPARED:
         tables = {LINES_TITLE: lines_table(lines, {}, base)}
         note = f"Over {MAX_COMPARED} families are not compared here: `factorlm scale fit` does it."
-        return ScalingFits(curves=curves, tables=tables, notes=(note,))
+        return ScalingFits(curves=curves, tables=tables, notes=(*remarks, note))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # the notes say it
         laws = fit_power_laws(families, level=level)
     compared = compare_lines(families, base, level=level) if len(families) > 1 else {}
     compared = honest_splits(compared, base, study)
     tables = {LINES_TITLE: lines_table(lines, compared, base)}
-    remarks = [note for comparison in compared.values() for note in split_notes(comparison)]
+    remarks += [note for comparison in compared.values() for note in split_notes(comparison)]
     notes = [
         f"{SHARED} is not drawn: {name}: {text}."
         for name, law in laws.items()
