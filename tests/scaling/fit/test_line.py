@@ -57,6 +57,7 @@ def test_the_band_is_that_of_the_textbook() -> None:
     np.testing.assert_allclose(np.log(high), at @ best + width, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_slope_as_often_as_it_says() -> None:
     fits = [fit_line(COMPUTE, drawn(seed), level=0.9) for seed in range(300)]
     covered = np.mean([fit.slope_low <= SLOPE <= fit.slope_high for fit in fits])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from factorlm.scaling.fit.data import import_scipy
+from factorlm.scaling.fit.data import count_sizes, import_scipy, size_numbers
 from factorlm.scaling.fit.line import t_quantile
 
 
@@ -34,7 +34,7 @@ class SlopeSplit:
 
 def have_same_sizes(base: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> bool:
     """Whether both have as many sizes, so that they can be paired in order of compute."""
-    return len(np.unique(base[0])) == len(np.unique(other[0]))
+    return count_sizes(base[0]) == count_sizes(other[0])
 
 
 def split_slopes(
@@ -65,11 +65,11 @@ def split_slopes(
 
 
 def _by_size(points: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log(compute), mean log(loss) and number of runs of each size, ascending."""
-    compute, loss = points
-    sizes, owner = np.unique(compute, return_inverse=True)
+    """Means of log(compute) and log(loss) and number of runs of each size, ascending."""
+    owner = size_numbers(points[0])
     seeds = np.bincount(owner)
-    return np.log(sizes), np.bincount(owner, weights=np.log(loss)) / seeds, seeds
+    compute, loss = (np.bincount(owner, weights=np.log(column)) / seeds for column in points)
+    return compute, loss, seeds
 
 
 def _weighted_slope(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
