@@ -395,6 +395,23 @@ def test_text_has_contrast_in_light_and_dark(page: Path, open_page: Opener, sche
         assert ratio >= 4.5, selector
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_lines_have_contrast_in_light_and_dark(page: Path, open_page: Opener, scheme: str) -> None:
+    """Every colour of the series, and every shade of the monitors' depths: 3 by WCAG 2, 1.4.11."""
+    tab = open_page(page, color_scheme=scheme)
+    paper = luminance(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    light = tab.evaluate("css('--depth-light')")
+    lines = [
+        *tab.evaluate("readColors()"),
+        *(f"hsl({hue}, 70%, {light})" for hue in range(30, 211)),
+    ]
+    as_rgb = """(color) => { document.body.style.outlineColor = color;
+        return getComputedStyle(document.body).outlineColor; }"""
+    for line in lines:
+        ink = luminance(tab.evaluate(as_rgb, line))
+        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 3, line
+
+
 def test_the_charts_follow_when_the_scheme_changes(page: Path, open_page: Opener) -> None:
     tab = open_page(page, color_scheme="light")
     before = drawn(tab, "curves")[0]["line"]["color"]
