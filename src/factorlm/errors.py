@@ -6,7 +6,7 @@ FactorlmError            1
 ├── CheckpointError      5   a checkpoint is damaged, incomplete or not to be trusted
 ├── StorageError         6   disk full, read-only, locked by another process
 ├── PeerLostError        7   another rank went away
-├── NumericError         8   a loss or gradient is not finite
+├── NumericError         8   a loss, gradient or logit is not finite
 └── InterruptedRun      75   stopped by a signal with a complete checkpoint: run it again
 """
 
@@ -53,7 +53,7 @@ class PeerLostError(FactorlmError, RuntimeError):
 
 
 class NumericError(FactorlmError, ArithmeticError):
-    """A loss, gradient or weight is not finite."""
+    """A loss, gradient, weight or logit is not finite."""
 
     exit_code = 8
 

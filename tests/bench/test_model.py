@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.bench.test_linear import timings
 from tests.bench.test_truth import Halved
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import linear
 
-from factorlm.bench import BenchOptions
-from factorlm.bench.model import ModelShape, benchmark_model, check_model, model_bars
+from factorlm.bench import BenchOptions, measure_cases
+from factorlm.bench.model import ModelShape, benchmark_model, model_bars, random_ids
+from factorlm.bench.model_truth import NUM_CHECKED, TrueStep
 from factorlm.errors import ConfigError, NumericError
 from factorlm.layers import BlockShuffleConfig, StructuredLinear
+from factorlm.ops import block_shuffle
+from factorlm.ops.block_diagonal import FEW_TOKENS
+from factorlm.records import BenchmarkRecord
 
 OPTIONS = BenchOptions(num_tokens=(64,), dtypes=("fp32",), rounds=2, structures=("low_rank",))
 SHAPE = ModelShape(width=64, num_layers=2, vocab_size=128, context_length=32)
@@ -44,7 +51,18 @@ def compile_by_aot(layer: nn.Module) -> None:
 
 def test_compiled_steps_are_timed_beside_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", compile_by_aot)
+    compiled_graphs: list[int] = []
+
+    def noted(*args: Any, **options: Any) -> BenchmarkRecord:
+        before = counters["stats"]["unique_graphs"]
+        found = measure_cases(*args, **options)
+        compiled_graphs.append(counters["stats"]["unique_graphs"] - before)
+        assert before > 0
+        return found
+
+    monkeypatch.setattr("factorlm.bench.model.measure_cases", noted)
     (record,) = benchmark_model(OPTIONS.replace(compiled=True), SHAPE)
+    assert compiled_graphs == [0]  # what was checked is what is timed
     assert set(record.cases) == {"dense", "low_rank", "dense, compiled", "low_rank, compiled"}
     ideals = {name: case["ideal_speedup"] for name, case in record.cases.items()}
     assert ideals["low_rank, compiled"] == ideals["low_rank"]
@@ -52,21 +70,80 @@ def test_compiled_steps_are_timed_beside_the_plain_ones(monkeypatch: pytest.Monk
     assert set(record.settings["structures"]) == {"low_rank", "low_rank, compiled"}
 
 
-def test_a_wrong_compiled_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_model_that_is_wrong_in_the_shape_that_is_timed_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def wrong(layer: nn.Module) -> None:
         plain = layer._call_impl
-        layer._compiled_call_impl = lambda *args, **kwargs: plain(*args, **kwargs) * 1.01  # type: ignore[assignment]
+
+        def called(x: Tensor, **options: Any) -> Tensor:
+            y: Tensor = plain(x, **options)
+            return y * 1.01 if x.shape[:2] == (2, 32) else y
+
+        layer._compiled_call_impl = called  # type: ignore[assignment]
 
     monkeypatch.setattr(nn.Module, "compile", wrong)
     with pytest.raises(NumericError, match=r"dense, compiled: .* is off by"):
         list(benchmark_model(OPTIONS.replace(compiled=True), SHAPE))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 20])
 @pytest.mark.parametrize("structure", ["low_rank", "block_shuffle", "block_dense"])
-def test_a_right_model_passes_and_keeps_no_gradient(structure: str) -> None:
+def test_a_right_model_passes_and_keeps_no_gradient(structure: str, rows: int) -> None:
     model = SHAPE.build(structure, OPTIONS)
-    check_model(structure, model)
+    truth = TrueStep(model, random_ids(model, rows, SHAPE))
+    truth.check_alone(structure, model)
+    for dtype in ("fp32", "bf16"):
+        truth.check(structure, model, dtype)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_step_that_is_timed_is_the_one_that_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of its tokens at once, under its autocast."""
+    seen: list[tuple[int, ...]] = []
+    right = StructuredLinear.__call__
+
+    def noted(layer: StructuredLinear, x: Tensor) -> Tensor:
+        seen.append((*x.shape[:2], torch.is_autocast_enabled("cpu")))
+        y: Tensor = right(layer, x)
+        return y
+
+    monkeypatch.setattr(StructuredLinear, "__call__", noted)
+    list(benchmark_model(OPTIONS.replace(num_tokens=(640,), dtypes=("bf16",)), SHAPE))
+    alone, whole = (-(-NUM_CHECKED // 32), 32, False), (20, 32, True)
+    assert list(dict.fromkeys(seen)) == [alone, whole]
+    assert seen.count(alone) == 2  # the layers of one model
+
+
+def doubled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(None if one is None else 2 * one for one in GROUPED_BACKWARD(ctx, grad))
+
+
+GROUPED_BACKWARD = block_shuffle._Grouped.backward
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_backward_pass_of_many_tokens_is_not_timed(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_shuffle._Grouped, "backward", staticmethod(doubled))
+    options = OPTIONS.replace(
+        num_tokens=(2 * FEW_TOKENS,), structures=("block_shuffle",), dtypes=(dtype,)
+    )
+    with pytest.raises(NumericError, match=r"block_shuffle: gradient of .* is off by"):
+        list(benchmark_model(options, SHAPE))
+
+
+def test_what_is_wrong_under_autocast_alone_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = linear(linear(x, V), U, bias)
+        return 1.5 * y if torch.is_autocast_enabled("cpu") else y
+
+    monkeypatch.setattr("factorlm.layers.low_rank.low_rank", wrong)
+    with pytest.raises(NumericError, match=r"low_rank: .* in bf16 is off by"):
+        list(benchmark_model(OPTIONS.replace(dtypes=("bf16",)), SHAPE))
 
 
 def test_a_wrong_output_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +170,7 @@ def test_a_wrong_gradient_is_not_timed(
         return linear(linear(given["x"], given["V"]), U, bias)
 
     monkeypatch.setattr("factorlm.layers.low_rank.low_rank", wrong)
-    with pytest.raises(NumericError, match=f"low_rank: {named} is off"):
+    with pytest.raises(NumericError, match=f"low_rank: {named} in fp32 is off"):
         list(benchmark_model(OPTIONS, SHAPE))
 
 

@@ -9,6 +9,7 @@ import torch
 from tests.bench.test_linear import timings
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.flop_counter import FlopCounterMode
 
 from factorlm.bench import BenchOptions, premerge
 from factorlm.bench.premerge import (
@@ -20,7 +21,9 @@ from factorlm.bench.premerge import (
     timed_forward,
 )
 from factorlm.errors import NumericError
+from factorlm.inference import capture as capture_module
 from factorlm.layers import BlockDenseConfig, LowRankConfig, MergePolicy, PreMergedLinear
+from factorlm.layers import premerged as premerged_module
 
 OPTIONS = BenchOptions(
     shapes=((16, 64),), num_tokens=(1, 4), dtypes=("fp32",), rounds=2, structures=("low_rank",)
@@ -95,36 +98,53 @@ class OnGPU(Tensor):
     """Says that it is on a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
-    device = torch.device("cuda")  # type: ignore[assignment]
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("policy", [MergePolicy.always(), MergePolicy.never()], ids=str)
-def test_on_a_gpu_the_form_of_the_table_is_captured(
+def test_on_a_gpu_the_layer_itself_is_captured_as_by_a_decoder(
     monkeypatch: pytest.MonkeyPatch, policy: MergePolicy
 ) -> None:
-    captured = []
-    monkeypatch.setattr(premerge, "capture", lambda run: captured.append(run) or run)
-    layer = PreMergedLinear(BlockDenseConfig(num_blocks=2, rank=4).build(16, 64), policy).eval()
-    used = []
-    layer.structured.register_forward_hook(lambda *args: used.append(args))
-    x = torch.randn(4, 16)
+    """With the copy, if the table says so. In float64, so that nothing is packed."""
+    capturing, devices, flops = [False], [], []
+
+    def record(step, device):
+        devices.append(device)
+        step()
+        capturing[0] = True
+        with FlopCounterMode(display=False) as counter:
+            output = step()
+        capturing[0] = False
+        flops.append(counter.get_total_flops())
+        return lambda: output
+
+    monkeypatch.setattr(capture_module, "record", record)
+    monkeypatch.setattr(premerged_module, "_is_captured", lambda x: capturing[0])
+    structured = BlockDenseConfig(num_blocks=2, rank=4).build(16, 64, dtype=torch.float64)
+    layer = PreMergedLinear(structured, policy).eval()
+    x = torch.randn(4, 16, dtype=torch.float64)
     run = timed_forward(layer, x.as_subclass(OnGPU))
-    assert captured == [run]
-    torch.testing.assert_close(run().as_subclass(Tensor), layer.structured(x).detach())
-    assert len(used) == (1 if policy.ever_merges else 3)
+    torch.testing.assert_close(run().as_subclass(Tensor), structured(x).detach())
+    dense, factors = 2 * 4 * 16 * 64, 4 * structured.config.flops_per_token(16, 64)
+    assert flops == [dense if policy.ever_merges else factors]
+    assert layer.has_copy == policy.ever_merges
+    assert devices == [torch.device("cuda", 1)]
     timed_forward(layer, x)
-    assert captured == [run]
+    assert len(devices) == 1
 
 
 def test_on_a_gpu_few_tokens_have_the_fused_kernel_as_a_case(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("factorlm.ops.low_rank.has_triton", lambda: True)
+    """On one that has it."""
+    has_it = [True]
+    monkeypatch.setattr("factorlm.ops.low_rank.has_kernel", lambda device: has_it[0])
     layers = merged_or_not(MergePolicy.always())
     few, many = (torch.zeros(count, 16).as_subclass(OnGPU) for count in (64, 65))
     assert list(premerge._fused(layers, few)) == [FUSED]
     assert premerge._fused(layers, many) == {}
-    assert premerge._fused(layers, torch.zeros(64, 16)) == {}
+    has_it[0] = False
+    assert premerge._fused(layers, few) == {}
 
 
 def test_bars_allow_three_percent_and_five_microseconds() -> None:

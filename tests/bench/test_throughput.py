@@ -54,8 +54,12 @@ def test_the_batch_doubles_until_two_sizes_gain_nothing(
 ) -> None:
     """A step takes as long up to 4 rows, then in proportion."""
     tried = takes(monkeypatch, lambda batch, call: max(1.0, batch / 4))
-    assert best_batch_size(model, SHORT, ALL) == 4
+    lines: list[str] = []
+    assert best_batch_size(model, SHORT, ALL, lines.append) == 4
     assert tried == [1, 2, 4, 8, 16]
+    rates = [min(size, 4) * SHORT.num_new_tokens for size in tried]
+    said = [f"batch {size}: {rate} tokens/s" for size, rate in zip(tried, rates, strict=True)]
+    assert lines == said
 
 
 def test_one_size_without_gain_does_not_end_the_search(
@@ -115,7 +119,7 @@ def test_a_large_batch_shares_the_weights_and_not_the_cache(model: PreTrainedMod
 
 
 def test_what_is_wrong_at_its_batch_size_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "best_batch_size", lambda model, decode, limit: 2)
+    monkeypatch.setattr(throughput, "best_batch_size", lambda *args: 2)
     logits = throughput.DecoderRun.logits
 
     def wrong(self: throughput.DecoderRun) -> torch.Tensor:

@@ -18,7 +18,7 @@ from factorlm import (
     factorize_,
     premerge_,
 )
-from factorlm.errors import ConfigError
+from factorlm.errors import ConfigError, NumericError
 from factorlm.inference import (
     Decoder,
     Sampling,
@@ -231,7 +231,8 @@ def test_top_k_of_one_is_greedy(model: PreTrainedModel) -> None:
     [
         ([], 1, r"prompts=\[\] must have at least one row"),
         ([[5], []], 1, r"the prompts of rows \[1\] must have at least one token"),
-        ([[5, 99]], 1, "token 99 of a prompt exceeds the vocabulary of 99"),
+        ([[5, 99]], 1, r"prompts\[0\]\[1\]=99 must lie in the model's vocabulary, from 0 to 98"),
+        ([[5], [1, 2, -1]], 1, r"prompts\[1\]\[2\]=-1 must lie in the model's vocabulary, from 0"),
         ([[5]], 0, "max_new_tokens=0 must be at least 1"),
         ([[5] * 3], 62, "max_new_tokens=62 after a prompt of 3 tokens exceeds the model's max_pos"),
         ([[5] * 3], 18, "max_new_tokens=18 after a prompt of 3 tokens exceeds the decoder's max_l"),
@@ -244,6 +245,72 @@ def test_refuses(
         Decoder(model, max_length=20).generate(prompts, max_new_tokens=count)
 
 
+@pytest.mark.parametrize("pad_id", [-1, 99])
+def test_refuses_a_pad_that_is_no_token(model: PreTrainedModel, pad_id: int) -> None:
+    rule = "must lie in the model's vocabulary, from 0 to 98"
+    with pytest.raises(ConfigError, match=f"pad_id={pad_id} {rule}"):
+        generate_tokens(model, PROMPTS, max_new_tokens=1, pad_id=pad_id)
+
+
 def test_refuses_a_model_in_training_mode() -> None:
     with pytest.raises(ConfigError, match=r"in training mode; call model\.eval\(\) first"):
         generate_tokens(tiny_model("llama").train(), PROMPTS, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_may_come_and_go(model: PreTrainedModel, first: bool) -> None:
+    """Memory that was allocated in it could not be written outside."""
+    decoder = Decoder(model, max_length=30)
+    expected = by_hugging_face(model, PROMPTS, COUNT)
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            found = decoder.generate(PROMPTS, max_new_tokens=COUNT, sampling=GREEDY)
+            assert torch.is_inference_mode_enabled() is inside
+        assert torch.equal(found.ids, expected)
+        assert not found.ids.is_inference()
+
+
+def test_no_call_leaves_a_graph_of_gradients(model: PreTrainedModel) -> None:
+    logits: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda *given: logits.append(given[-1]))
+    with torch.enable_grad():
+        generate_tokens(model, PROMPTS, max_new_tokens=3)
+    hook.remove()
+    assert len(logits) >= 3
+    assert not any(one.requires_grad for one in logits)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_p=None)], ids=str)
+def test_logits_that_are_not_finite_end_the_generation(sampling: Sampling) -> None:
+    """By name, and what is kept serves the next call; a row that has ended does not matter."""
+    model = varied_model("llama")
+    free = generate_tokens(model, PROMPTS, max_new_tokens=COUNT, sampling=GREEDY).ids
+    decoder, bad = Decoder(model), int(free[1, 2])
+    weight = model.get_input_embeddings().weight
+    sound = weight[bad].clone()
+    with torch.no_grad():
+        weight[bad] = torch.nan
+    with pytest.raises(NumericError, match=r"logits of rows \[1\] for new token 1 are not finite"):
+        decoder.generate([[5], [bad]], max_new_tokens=3, sampling=sampling)
+    with torch.no_grad():
+        weight[bad] = sound
+    found = decoder.generate(PROMPTS, max_new_tokens=COUNT, sampling=GREEDY)
+    assert torch.equal(found.ids, free)
+
+
+def test_a_row_that_has_ended_may_have_any_logits() -> None:
+    """Its pads are no text of the model."""
+    model = varied_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[98] = torch.nan
+    ended = []
+
+    def on_token(row: int, token: int) -> bool:
+        ended.append(row)
+        return row == 1
+
+    found = generate_tokens(
+        model, [[5], [6]], max_new_tokens=4, sampling=GREEDY, pad_id=98, on_token=on_token
+    )
+    assert found.num_new_tokens == (4, 1)
+    assert ended == [0, 1, 0, 0, 0]

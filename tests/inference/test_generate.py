@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from factorlm.data.tokenizer_building import build_tokenizer
 from factorlm.errors import ConfigError
 from factorlm.inference import (
+    Decoder,
     Generation,
     Sampling,
     generate_text,
@@ -113,6 +118,19 @@ def test_stops_at_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert found.tokens_per_second == 1 / found.prefill_seconds
 
 
+def test_stops_at_the_ends_of_the_generation_config_too(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chat models state them: a list, of which the tokenizer has one."""
+    free = greedy_ids(model, [*b"ab c"], 20)
+    ends = [EOS, free[4], free[9]]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    found = generate_text(model, tokenizer, "ab c", max_new_tokens=20, sampling=GREEDY)
+    by_hugging_face = model.generate(torch.tensor([[*b"ab c"]]), do_sample=False, max_new_tokens=20)
+    assert found.num_new_tokens == by_hugging_face.shape[1] - 4
+    assert found.num_new_tokens == min(map(free.index, ends[1:])) + 1 < 20
+
+
 def test_speed_is_that_of_the_median_token() -> None:
     found = Generation(
         text="",
@@ -199,3 +217,78 @@ def test_each_row_ends_at_its_first_stop_string(
 def test_no_prompt_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ConfigError, match=r"prompts=\[\] must have at least one row"):
         generate_texts(model, tokenizer, [])
+
+
+def test_text_goes_on_from_its_prompt() -> None:
+    """With a decoder that strips the space before the first token that it gets, as Llama 2's."""
+    words = {"<unk>": 0} | {f"▁w{place}": place for place in range(1, 99)}
+    built = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>")
+    model = tiny_model("llama", initializer_range=0.3, eos_token_id=None)
+    prompts = ["w5 w7", "w9"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    assert ids == [[5, 7], [9]]
+    streamed = list(prompts)
+
+    def on_text(row: int, text: str) -> None:
+        streamed[row] += text
+
+    found = generate_texts(
+        model, tokenizer, prompts, max_new_tokens=6, sampling=GREEDY, on_text=on_text
+    )
+    for row, prompt in enumerate(prompts):
+        whole = tokenizer.decode([*ids[row], *greedy_ids(model, ids[row], 6)])
+        assert prompt + found[row].text == streamed[row] == whole
+        assert found[row].text.startswith(" w")
+
+
+def lengths_of_forwards(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of tokens a row of every forward to come."""
+    found: list[int] = []
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def counted(*args: Any, **given: Any) -> Any:
+        found.append(given["input_ids"].shape[1])
+        return forward(*args, **given)
+
+    monkeypatch.setattr(model, "forward", counted)
+    return found
+
+
+def test_a_prompt_is_computed_once(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new decoder makes its memory with a single token; one that is kept has it."""
+    lengths = lengths_of_forwards(model, monkeypatch)
+    generate_text(model, tokenizer, "ab c", max_new_tokens=3)
+    assert lengths == [1, 4, 1, 1]
+    decoder = Decoder(model, max_length=40)
+    for expected in ([1, 4, 1, 1], [4, 1, 1], [4, 1, 1]):
+        lengths.clear()
+        generate_text(model, tokenizer, "ab c", max_new_tokens=3, decoder=decoder)
+        assert lengths == expected
+
+
+def test_a_decoder_that_is_kept_gives_the_same_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    decoder = Decoder(model, max_length=30)
+    for prompts in (["ab c", "x"], ["hello"], ["x", "ab c"]):
+        found = generate_texts(model, tokenizer, prompts, sampling=GREEDY, decoder=decoder)
+        free = generate_texts(model, tokenizer, prompts, sampling=GREEDY, max_new_tokens=29)
+        longest = max(map(len, prompts))
+        assert [one.text for one in found] == [one.text[: 30 - longest] for one in free]
+        assert {one.num_new_tokens for one in found} == {30 - longest}
+
+
+def test_a_decoder_of_another_model_is_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    other = Decoder(tiny_model("llama", vocab_size=257))
+    with pytest.raises(ConfigError, match="decoder must be one of the model that is given"):
+        generate_text(model, tokenizer, "a", decoder=other)

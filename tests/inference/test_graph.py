@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from factorlm import LowRankConfig, factorize_
 from factorlm.anatomy import anatomy_of
 from factorlm.errors import ConfigError
-from factorlm.inference import Decoder, Sampling, generate_tokens, graph
-from factorlm.inference.graph import NUM_WARM_UPS, GraphSteps, can_capture, is_steady
+from factorlm.inference import Decoder, Sampling, capture, generate_tokens
+from factorlm.inference.capture import NUM_WARM_UPS
+from factorlm.inference.graph import GraphSteps, can_capture, is_steady
 from factorlm.inference.steps import CachedSteps
 from factorlm.testing.models import TINY_CONFIGS, tiny_input_ids, tiny_model
 
@@ -22,12 +28,12 @@ NOT_STEADY = {"bloom", "mpt"}
 def _run_instead_of_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warm-ups leave their traces, as a capture's do."""
 
-    def run(step):
+    def run(step, device):
         for _ in range(NUM_WARM_UPS):
             step()
         return step
 
-    monkeypatch.setattr(graph, "capture", run)
+    monkeypatch.setattr(capture, "record", run)
 
 
 @torch.no_grad()
@@ -134,6 +140,38 @@ def test_programs_of_two_models_are_not_taken_for_each_other() -> None:
                 model, [[3, 4]], max_new_tokens=6, sampling=Sampling(greedy=True)
             )
             assert torch.equal(found.ids, plain.ids)
+
+
+def copies_of_weights(model: PreTrainedModel) -> list[weakref.ref[Tensor]]:
+    """Tensors that are packed, or have the shape of a matrix of ``model`` and are not its own."""
+    gc.collect()
+    own = list(model.parameters())
+    shapes = {parameter.shape for parameter in own if parameter.dim() == 2}
+    return [
+        weakref.ref(found)
+        for found in gc.get_objects()
+        if type(found) is Tensor and (found.is_mkldnn or found.shape in shapes)
+    ]
+
+
+def test_packed_weights_go_with_their_decoder() -> None:
+    """Another decoder's stay; PyTorch keeps the modules that it generated for both."""
+    torch._dynamo.reset()
+    model = tiny_model("llama", num_hidden_layers=1)
+    before = len(copies_of_weights(model))
+    decoders = [Decoder(model, max_length=MAX_LENGTH + n, compiled=True) for n in range(2)]
+    texts = []
+    for decoder in decoders:
+        made = decoder.generate([[3, 4]], max_new_tokens=6, sampling=Sampling(greedy=True))
+        texts.append(made.ids)
+    both = len(copies_of_weights(model)) - before
+    assert both >= 2 * len([p for p in model.parameters() if p.dim() == 2])
+    del decoders[0], decoder
+    assert len(copies_of_weights(model)) - before == both // 2
+    found = decoders[0].generate([[3, 4]], max_new_tokens=6, sampling=Sampling(greedy=True))
+    assert torch.equal(found.ids, texts[1])
+    del decoders[0]
+    assert len(copies_of_weights(model)) == before
 
 
 def test_a_model_that_is_no_single_program_is_not_compiled() -> None:

@@ -23,6 +23,7 @@ from factorlm.inference import (
     pack_,
     premerge_,
     premerged_layers,
+    unpack_,
     unpremerge_,
 )
 from factorlm.inference.latency import save_table, table_path
@@ -106,7 +107,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def test_a_tolerance_is_stated_for_each_dtype() -> None:
-    assert list(TOLERANCES) == [torch.float64, torch.float32, torch.bfloat16]
+    assert list(TOLERANCES) == [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -212,7 +213,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="memory_budget_bytes=-1 must be at least 0"):
         premerge_(model, ALWAYS, memory_budget_bytes=-1)
     premerge_(model, ALWAYS)
-    with pytest.raises(ConfigError, match="has merged copies already: unpremerge_ first"):
+    with pytest.raises(ConfigError, match="has merged copies: unpremerge_ first"):
         premerge_(model, ALWAYS)
     with pytest.raises(ConfigError, match="has merged copies: unpremerge_ first"):
         densify_(model)
@@ -228,6 +229,25 @@ def test_refusals() -> None:
         premerge_(LowRankConfig(rank=1).build(4, 4), ALWAYS)
     with pytest.raises(ConfigError, match="on the meta device"):
         premerge_(structured().to("meta"), ALWAYS)
+
+
+@pytest.mark.skipif(not PACKS, reason="needs oneDNN, which packs")
+def test_refusals_name_what_is_there_and_what_undoes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pack_`` alone leaves packed copies; with ``premerge_`` before it, there are merged ones."""
+    monkeypatch.setattr(packing, "MIN_BYTES", {})
+    model = structured()
+    pack_(model)
+    for refuses in (premerge_, densify_, attach_guides_):
+        with pytest.raises(ConfigError, match="has packed copies: unpack_ first"):
+            refuses(model)
+    unpack_(model)
+    budget = cases(model)[0].copy_bytes
+    assert sum(row.merged for row in premerge_(model, ALWAYS, memory_budget_bytes=budget).rows) == 1
+    pack_(model)
+    with pytest.raises(ConfigError, match="has merged copies: unpremerge_ first"):
+        premerge_(model)
+    unpremerge_(model)
+    assert len(premerge_(model, ALWAYS).rows) == 6
 
 
 # Which layers --------------------------------------------------------------------------------

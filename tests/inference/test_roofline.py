@@ -8,6 +8,7 @@ import torch
 from factorlm.inference import LayerCase
 from factorlm.inference.roofline import Machine, estimated_table, machine_of
 from factorlm.layers import BlockDenseConfig, BlockShuffleConfig, LowRankConfig, StructureConfig
+from factorlm.ops.low_rank import has_kernel
 
 STRUCTURES: dict[str, StructureConfig] = {
     "low_rank": LowRankConfig(),
@@ -63,15 +64,36 @@ def test_the_formula_by_hand() -> None:
     assert last.merged_ms == pytest.approx(1000 * merged + 0.5)
 
 
-@pytest.mark.parametrize("triton", [True, False])
-def test_low_rank_on_a_gpu_starts_once_for_few_tokens(
-    triton: bool, monkeypatch: pytest.MonkeyPatch
+MACHINES = {
+    "NVIDIA, 9.0": ((9, 0), None, True),
+    "NVIDIA, 8.0": ((8, 0), None, True),
+    "NVIDIA, 7.5": ((7, 5), None, True),
+    "AMD": ((9, 4), "7.0", True),
+    "NVIDIA, 9.0, without Triton": ((9, 0), None, False),
+}
+"""Compute capability, version of HIP, whether Triton is there."""
+
+
+@pytest.mark.parametrize("machine_name", MACHINES)
+def test_low_rank_on_a_gpu_that_has_the_kernel_starts_once_for_few_tokens(
+    machine_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second device of the machine, with another of another kind beside it."""
+    capability, hip, triton = MACHINES[machine_name]
+    one_launch = machine_name in ("NVIDIA, 9.0", "NVIDIA, 8.0")
+    for name, value in {
+        "device_count": lambda: 2,
+        "get_device_name": lambda device: ["other", "any"][device.index],
+        "get_device_capability": lambda device: [(5, 0), capability][device.index],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr("factorlm.ops.low_rank.has_triton", lambda: triton)
+    monkeypatch.setattr("factorlm.ops.low_rank.has_kernel", has_kernel.__wrapped__)
     for name, dtype, starts in (
-        ("low_rank", torch.bfloat16, {1: 1 if triton else 2, 64: 1 if triton else 2, 128: 2}),
+        ("low_rank", torch.bfloat16, {1: 2 - one_launch, 64: 2 - one_launch, 128: 2}),
         ("low_rank", torch.float64, {1: 2}),
-        ("block_dense", torch.bfloat16, {1: 3}),
+        ("block_dense", torch.bfloat16, {1: 2}),
     ):
         case = case_of(name, 768, 3072, dtype=dtype, device_type="cuda")
         free, dear = (estimated_table(case, machine(overhead_ms=ms)).rows for ms in (0.0, 1.0))
@@ -80,6 +102,22 @@ def test_low_rank_on_a_gpu_starts_once_for_few_tokens(
             for row, base in zip(dear, free, strict=True)
         }
         assert {count: found[count] for count in starts} == starts
+
+
+@pytest.mark.parametrize(
+    ("name", "device_type", "starts"),
+    [
+        ("block_dense", "cpu", 3),
+        ("block_dense", "cuda", 2),
+        ("block_shuffle", "cpu", 4),
+        ("block_shuffle", "cuda", 3),
+    ],
+)
+def test_blocks_start_what_orders_their_outputs(name: str, device_type: str, starts: int) -> None:
+    """On a GPU a batched product writes where the next one reads: only the last shuffle is left."""
+    case = case_of(name, 768, 3072, device_type=device_type)
+    free, dear = (estimated_table(case, machine(overhead_ms=ms)).rows[0] for ms in (0.0, 1.0))
+    assert round(dear.structured_ms - free.structured_ms) == starts
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from factorlm.errors import ConfigError
 from factorlm.inference import Sampling
-from factorlm.inference.sampling import LIKELY_TOKENS, Sampler, filter_logits
+from factorlm.inference.sampling import LIKELY_TOKENS, NO_TOKEN, Sampler, filter_logits
 
 CPU = torch.device("cpu")
 
@@ -107,6 +109,8 @@ def test_greedy_takes_the_most_likely() -> None:
     ("fields", "message"),
     [
         ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"temperature": math.nan}, "temperature=nan must be above 0"),
+        ({"temperature": math.inf}, "temperature=inf must be above 0 .* and finite"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 1.5}, r"top_p=1\.5 must lie in"),
     ],
@@ -114,3 +118,36 @@ def test_greedy_takes_the_most_likely() -> None:
 def test_names_a_wrong_field(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**fields)  # type: ignore[arg-type]
+
+
+SAMPLINGS = [Sampling(greedy=True), Sampling(), Sampling(top_k=3), Sampling(top_p=None)]
+
+
+@pytest.mark.parametrize("vocab", [50, 2 * LIKELY_TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_no_token_where_logits_are_not_finite(
+    sampling: Sampling, dtype: torch.dtype, vocab: int
+) -> None:
+    """One NaN, all NaN, an infinity, nothing but minus infinity; and a row that is sound, with
+    tokens that may not be said."""
+    logits = random_logits(5, vocab).to(dtype)
+    logits[0, 7] = torch.nan
+    logits[1] = torch.nan
+    logits[2, 7] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 10:] = -torch.inf
+    *wrong, sound = Sampler(sampling, CPU)(logits).tolist()
+    assert wrong == [NO_TOKEN] * 4
+    assert 0 <= sound < 10
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0, 1e4])
+@pytest.mark.parametrize("temperature", [1e-9, 1e-25, 1e-35, 1e-40, 1e-320])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (5, None), (None, 0.9), (5, 0.9)])
+def test_hardly_any_temperature_takes_the_most_likely(
+    temperature: float, top_k: int | None, top_p: float | None, scale: float
+) -> None:
+    logits = random_logits(8, 50, scale=scale)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    assert torch.equal(Sampler(sampling, CPU)(logits), logits.argmax(dim=-1))

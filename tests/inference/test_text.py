@@ -5,7 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from factorlm.data.tokenizer_building import build_tokenizer
 from factorlm.errors import CheckpointError, ConfigError
@@ -97,3 +98,84 @@ def test_folder_without_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="no tokenizer that can be opened"):
         load_text_tokenizer(tmp_path)
+
+
+SPACED = [
+    "<unk>",
+    "<s>",
+    "▁Hello",
+    "▁world",
+    "▁",
+    "ly",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+]
+STRIPPING = {
+    "llama": decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    ),
+    "metaspace": decoders.Metaspace(),
+}
+"""Decoders that take the space before the first token for none of the text's own: those of Llama 2,
+Mistral and TinyLlama, and of T5."""
+
+
+@pytest.fixture(params=sorted(STRIPPING))
+def stripping(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    ids = {word: place for place, word in enumerate(SPACED)}
+    built = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    built.decoder = STRIPPING[request.param]
+    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", unk_token="<unk>")
+
+
+def ids_of(words: str) -> list[int]:
+    return [SPACED.index(word) for word in words.split()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "text"),
+    [
+        ("<s> ▁Hello", "▁world ▁world", " world world"),
+        ("▁Hello " * 40, "▁world ▁ ▁world", " world  world"),
+        ("▁Hello", "▁ ▁world", "  world"),
+        ("▁Hello", "ly ▁world", "ly world"),
+        ("▁Hello", "▁world <s>", " world"),
+        ("▁Hello <s> <s> <s>", "▁world", " world"),
+        ("<s>", "▁world ▁world", "world world"),
+        ("", "▁world ▁world", "world world"),
+    ],
+)
+def test_text_keeps_the_space_after_its_prompt(
+    stripping: PreTrainedTokenizerBase, prompt: str, new: str, text: str
+) -> None:
+    before, ids = ids_of(prompt), ids_of(new)
+    pieces: list[str] = []
+    stream = TextStream(stripping, (), pieces.append, before)
+    for token in ids:
+        stream.add(token)
+    stream.finish()
+    whole, known = (
+        stripping.decode(one, skip_special_tokens=True) for one in ([*before, *ids], before)
+    )
+    assert stream.text == "".join(pieces) == text == whole.removeprefix(known)
+
+
+def test_bytes_after_a_prompt_wait_for_the_whole_character() -> None:
+    built = Tokenizer(models.WordLevel({word: place for place, word in enumerate(SPACED)}))
+    built.decoder = STRIPPING["llama"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built)
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, (), pieces.append, ids_of("▁Hello <0xC3> <0xBC>"))
+    for token in ids_of("▁ <0xE2> <0x82> <0xAC> ▁world"):
+        stream.add(token)
+    assert pieces == [" ", "€", " world"]
+
+
+def test_stop_string_that_begins_with_a_space(stripping: PreTrainedTokenizerBase) -> None:
+    stream = TextStream(stripping, (" world",), None, ids_of("▁Hello"))
+    assert stream.add(SPACED.index("▁world"))
+    assert stream.text == ""

@@ -15,7 +15,7 @@ from factorlm.errors import ConfigError, StorageError
 from factorlm.inference import LayerCase, tune
 from factorlm.inference import tuning as tuning_module
 from factorlm.inference.latency import cached_table
-from factorlm.layers import DenseConfig, LowRankConfig
+from factorlm.layers import DenseConfig, LowRankConfig, MergePolicy
 from factorlm.measure import Measurement, measure_latency
 
 
@@ -142,6 +142,49 @@ def test_layers_of_a_case_take_turns_within_the_limit(monkeypatch: pytest.Monkey
 
         tune(tuned, max_tokens=1, measure=recorded)
         assert seen[0] == [id(tuned[index]) for index in wanted]
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [MergePolicy.always(), MergePolicy.never()], ids=str)
+def test_on_a_gpu_all_layers_of_a_case_are_one_graph(
+    monkeypatch: pytest.MonkeyPatch, policy: MergePolicy
+) -> None:
+    """Each called once in a replay, by the form that is asked for."""
+    captured = []
+
+    def capture(step, device):
+        captured.append(device)
+        return step
+
+    monkeypatch.setattr(tuning_module, "capture", capture)
+    monkeypatch.setattr("factorlm.ops.low_rank.has_kernel", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tuned = model()
+    layers = [tuned[0], tuned[2]]
+    x = torch.randn(4, 16, dtype=torch.float64)
+    run, num_layers = tuning_module._timed(layers, policy, x.as_subclass(OnGPU))
+    with FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(run().as_subclass(torch.Tensor), layers[-1](x))
+    one = 2 * 16 * 32 if policy.ever_merges else 2 * 3 * 48
+    assert counter.get_total_flops() == 4 * (2 * one + 2 * 3 * 48)
+    assert captured == [torch.device("cuda", 1)]
+    assert num_layers == 2
+
+
+def test_a_latency_is_that_of_one_layer() -> None:
+    found = {
+        name: Measurement(latencies_ms=(ms - 2, ms, ms + 2), calls_per_round=1)
+        for name, ms in (("structured", 8.0), ("merged", 4.0))
+    }
+    row = tuning_module._latency(4, found, {"structured": 2, "merged": 2})
+    assert (row.structured_ms, row.merged_ms, row.noise_ms) == (4.0, 2.0, 1.0)
 
 
 def test_with_the_real_timer_and_a_clock_of_our_own() -> None:

@@ -116,6 +116,16 @@ def same_memory(layer: PreMergedLinear) -> None:
     layer.structured.V = nn.Parameter(transposed)
 
 
+def new_strides(layer: PreMergedLinear) -> None:
+    layer.structured.V.data = layer.structured.V.data.as_strided((3, 6), (1, 3))
+
+
+def new_shape(layer: PreMergedLinear) -> None:
+    """A lower rank: the same memory, with the same strides."""
+    layer.structured.V.data = layer.structured.V.data[:2]
+    layer.structured.U.data = layer.structured.U.data[:, :2]
+
+
 def swapped(layer: PreMergedLinear) -> None:
     torch.utils.swap_tensors(layer.structured.V, nn.Parameter(2 * layer.structured.V.detach()))
 
@@ -136,6 +146,8 @@ SEEN_BY_THE_NEXT_CALL = {
     "a new parameter": new_parameter,
     "new data": new_data,
     "a new parameter on the same memory": same_memory,
+    "new strides on the same memory": new_strides,
+    "a new shape on the same memory": new_shape,
     "swap_tensors": swapped,
     "project_": project,
     "load_state_dict of the structured layer": load_below,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from factorlm.ops import block_diagonal, block_shuffle
 from factorlm.ops.block_dense import block_dense
@@ -79,6 +80,79 @@ def test_block_shuffle_at_once_is_block_shuffle_in_turn(
     monkeypatch.setattr(block_shuffle, "multiply_each", at_once)
     assert_close(everything(), wanted)
     assert len(calls) == 8
+
+
+class OnGPU(Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+
+class Operators(TorchDispatchMode):
+    """Notes what runs, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def lies_as_bmm_takes_it(blocks: Tensor) -> bool:
+    """The rule of PyTorch's batched product on CUDA (``ATen/native/cuda/Blas.cpp``) for its
+    operands and its result; it copies others."""
+    rows, columns = blocks.shape[1:]
+    row_step, column_step = blocks.stride()[1:]
+    by_rows = column_step == 1 and row_step >= max(1, columns)
+    by_columns = row_step == 1 and column_step >= max(1, rows)
+    return by_rows or by_columns
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("sizes", [(32, 64, 2), (64, 32, 4), (60, 36, 3), (6, 6, 1)], ids=str)
+def test_on_a_gpu_block_shuffle_is_two_products_that_copy_nothing(
+    sizes: tuple[int, int, int], num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width_in, width_out, blocks = sizes
+    hidden = min(width_in, width_out) // blocks
+    first, second = (
+        leaf(blocks, hidden, width_in // blocks),
+        leaf(blocks, width_out // blocks, hidden),
+    )
+    x = leaf(num_tokens, width_in)
+    operands: list[Tensor] = []
+
+    def noted(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        operands.extend((left, right, out))
+        return block_diagonal.multiply_at_once(left, right, out, bias)
+
+    monkeypatch.setattr(block_shuffle, "multiply_each", noted)
+    with Operators() as operators:
+        found = block_shuffle.block_shuffle(
+            x.as_subclass(OnGPU), first, second, output_shuffle=False
+        )
+    ran = [name for name in operators.names if "empty" not in name]
+    assert ran == ["aten.bmm.out"] * 2
+    assert all(map(lies_as_bmm_takes_it, operands))
+    wanted = x @ block_shuffle.block_shuffle_dense(first, second, output_shuffle=False).T
+    assert_close(found.as_subclass(Tensor), wanted)
+
+
+@torch.no_grad()
+def test_on_a_gpu_no_tokens_are_none() -> None:
+    x, first, second = leaf(0, 6), leaf(2, 3, 3), leaf(2, 4, 3)
+    assert block_shuffle.block_shuffle(x.as_subclass(OnGPU), first, second).shape == (0, 8)
+
+
+def test_the_rule_of_the_batched_product() -> None:
+    blocks = torch.zeros(2, 3, 4)
+    assert lies_as_bmm_takes_it(blocks)
+    assert lies_as_bmm_takes_it(blocks.mT)
+    assert not lies_as_bmm_takes_it(torch.zeros(2, 3, 8)[:, :, ::2])
 
 
 def saved_by(op, *leaves: Tensor, **options: bool) -> list[int]:  # type: ignore[no-untyped-def]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +219,29 @@ def test_where_there_is_a_kernel_few_tokens_take_it(
         assert torch.equal(low_rank(x[0], V, U, bias), KERNEL.expand(6))
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert torch.equal(low_rank(x, V, U, bias), plain)
+
+
+def test_the_kernel_is_launched_on_the_device_of_its_tensors(
+    weights: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current one, which the tensors need not be on."""
+    x, events = torch.randn(3, 8), []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        events.append(tensor)
+        yield
+        events.append("back")
+
+    def launch(*tensors: Tensor) -> Tensor:
+        events.append("launch")
+        return KERNEL
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    fake = SimpleNamespace(fused_low_rank=launch)
+    monkeypatch.setitem(sys.modules, "factorlm.ops.triton_low_rank", fake)
+    assert module._fused(x, *weights) is KERNEL
+    assert events == [x, "launch", "back"]
 
 
 @on_linux

@@ -15,7 +15,8 @@ from factorlm.report.benchmarks import (
     benchmark_title,
     is_met,
 )
-from factorlm.report.speed import _draw, plot_speed
+from factorlm.report.figures import COLORS
+from factorlm.report.speed import _draw, case_looks, plot_speed
 
 
 def case(ms: float, speedup: float, ideal: float | None) -> CaseTimes:
@@ -79,6 +80,31 @@ def test_the_axis_is_what_varies(records: list[BenchmarkRecord], label: str) -> 
     assert list(low_rank.get_ydata()) == [1.5] * len(records)
     found = sorted(float(next(iter(line.get_ydata()))) for line in speedup.get_lines())
     assert found == [1.0, 2.0, 3.2]
+
+
+def test_the_legend_has_every_case_of_every_panel_in_its_one_colour() -> None:
+    """The second panel has a case that the first has not, and its dotted lines one more."""
+    first = [record(num_tokens=n) for n in (1, 2)]
+    low_rank, gelu = case(1.0, 2.0, None), case(0.5, 2.0, None)
+    second = [record(num_tokens=n, cases={"GELU": gelu, "low_rank": low_rank}) for n in (1, 2)]
+    wide = [record(width=1024, num_tokens=n, cases={"tuned": gelu}) for n in (1, 2)]
+    figure = _draw({("kernel",): first, ("ffn",): [*second, *wide]})
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["dense", "low_rank", "GELU", "tuned"]
+    colors = dict(zip(names, (line.get_color() for line in legend.get_lines()), strict=True))
+    assert len(set(colors.values())) == 4
+    latencies = [[line.get_color() for line in panel.get_lines()] for panel in figure.axes[::2]]
+    assert latencies == [
+        [colors["dense"], colors["low_rank"]],
+        [colors["low_rank"], colors["GELU"], colors["tuned"]],
+    ]
+
+
+def test_more_cases_than_colours_look_different() -> None:
+    cases = {f"case {index}": case(1.0, 1.0, None) for index in range(len(COLORS) + 3)}
+    looks = [tuple(look.items()) for look in case_looks([[record(cases=cases)]]).values()]
+    assert len(set(looks)) == len(looks) == len(COLORS) + 3
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:

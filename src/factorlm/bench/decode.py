@@ -26,7 +26,8 @@ from factorlm.bench.cases import (
     record_of,
     require_close,
 )
-from factorlm.bench.model import ModelShape, dense_twin, structures_of
+from factorlm.bench.model import ModelShape, structures_of
+from factorlm.bench.model_truth import dense_twin
 from factorlm.bench.options import DTYPES, BenchOptions
 from factorlm.config import Config, check
 from factorlm.errors import NumericError
@@ -38,8 +39,9 @@ GREEDY = Sampling(greedy=True)
 NUM_CHECKED = 8
 """Tokens that are compared before anything is timed."""
 LOGIT_TOLERANCES = {"fp32": 1e-3, "bf16": 0.04, "fp16": 0.04}
-"""Largest difference of a logit on the same prefix, by the largest logit: that of
-tests/inference/test_steps.py for bf16."""
+"""Largest difference of a logit on the same prefix, by the largest logit, from a dense copy in
+float32: twice what two computations of one model in bf16 may differ by (docs/how-to/generate.md).
+"""
 WHOLE, STEPS = "whole generation", "steps alone"
 
 

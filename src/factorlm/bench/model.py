@@ -19,23 +19,18 @@ from factorlm.bench.cases import (
     Timings,
     measure_cases,
     no_bars,
-    require_close,
 )
-from factorlm.bench.options import DTYPES, BenchOptions, unsolved_config
-from factorlm.bench.truth import TOLERANCES
+from factorlm.bench.model_truth import TrueStep, autocast_loss, structured_layers
+from factorlm.bench.options import BenchOptions, unsolved_config
 from factorlm.config import Config, check
 from factorlm.hf import build_causal_lm
 from factorlm.hf.loss import CausalLMLoss
-from factorlm.layers import StructuredLinear
 from factorlm.optim import build_optimizer
 from factorlm.records import BenchmarkRecord
-from factorlm.surgery import densify_
 from factorlm.train.config import ParallelSection
 from factorlm.train.parallelize import prepare_layers
 
 HEAD_DIM = 64
-NUM_CHECKED = 16
-"""Tokens whose loss and gradients are compared before anything is timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +85,10 @@ def measure_model(
     options: BenchOptions, shape: ModelShape, num_tokens: int, dtype: str
 ) -> BenchmarkRecord:
     """Time steps of forward, backward, clipping and fused AdamW; bf16 is autocast's. Raises
-    ``NumericError`` if a model computes something else (``check_model``)."""
+    ``NumericError`` if a model computes something else (``checked_models``)."""
     device = torch.device(options.device)
     rows = max(1, num_tokens // shape.context_length)
-    names = {"dense": None} | {name: name for name in options.structures}
-    models = {name: shape.build(kind, options) for name, kind in names.items()}
-    if options.compiled:
-        models |= {f"{name}, compiled": compiled_copy(model) for name, model in models.items()}
-    for name, model in models.items():
-        check_model(name, model)
+    models = checked_models(options, shape, rows, dtype)
     flops = {
         name: training_flops(
             model, num_tokens=rows * shape.context_length, seq_len=shape.context_length
@@ -129,6 +119,26 @@ def measure_model(
     )
 
 
+def checked_models(
+    options: BenchOptions, shape: ModelShape, rows: int, dtype: str
+) -> dict[str, PreTrainedModel]:
+    """Dense and each structure, then the compiled ones, by label, all of them right in the step
+    that is timed: its tokens, its form and its dtype; and plain ones also in float32."""
+    plain, compiled = {}, {}
+    for name in ("dense", *options.structures):
+        model = shape.build(None if name == "dense" else name, options)
+        truth = TrueStep(model, random_ids(model, rows, shape))
+        if dtype != "fp32":
+            truth.check_alone(name, model)
+        truth.check(name, model, dtype)
+        plain[name] = model
+        if options.compiled:
+            label = f"{name}, compiled"
+            compiled[label] = compiled_copy(model)
+            truth.check(label, compiled[label], dtype)
+    return plain | compiled
+
+
 def compiled_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The same with its decoder layers compiled, as a recipe's ``parallel.compile`` has it."""
     copied = copy.deepcopy(model)
@@ -141,59 +151,10 @@ def structures_of(models: Mapping[str, nn.Module]) -> dict[str, Any]:
 
     The layers on the way back from the FFN's width may have another rank.
     """
-    first = {name: next(iter(_structured(model).values()), None) for name, model in models.items()}
-    return {name: layer.config.to_target() for name, layer in first.items() if layer is not None}
-
-
-def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` in float32 that multiplies by ``to_dense``: the naive truth."""
-    twin = copy.deepcopy(model).to(torch.float32)
-    if _structured(twin):
-        densify_(twin)
-    return twin
-
-
-def check_model(name: str, model: PreTrainedModel) -> None:
-    """The loss and the gradients of ``model``, in float32, are those of its dense twin.
-
-    Of gradients: the embedding's, which has passed every layer, and those of all factors, where the
-    truth is the dense weight's through ``to_dense``. Raises ``NumericError`` naming the first that
-    differs.
-    """
-    twin = dense_twin(model)
-    pairs = {"loss": (_loss_backward(model), _loss_backward(twin))}
-    embedding, wanted = (one.get_input_embeddings().weight.grad for one in (model, twin))
-    pairs["gradient of the embedding"] = (embedding, wanted)
-    for place, layer in _structured(model).items():
-        factors = [layer.get_parameter(factor.name) for factor in layer.factors]
-        slope = twin.get_parameter(f"{place}.weight").grad
-        truths = torch.autograd.grad(layer.to_dense(), factors, slope)
-        for one, weight, truth in zip(layer.factors, factors, truths, strict=True):
-            assert weight.grad is not None
-            pairs[f"gradient of {place}.{one.name}"] = (weight.grad, truth)
-    for what, (mine, truth) in pairs.items():
-        error = float(torch.linalg.vector_norm(mine - truth) / torch.linalg.vector_norm(truth))
-        require_close(f"{name}: {what}", error, TOLERANCES[torch.float32])
-    model.zero_grad(set_to_none=True)
-
-
-def _structured(model: nn.Module) -> dict[str, StructuredLinear]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, StructuredLinear)
+    first = {
+        name: next(iter(structured_layers(model).values()), None) for name, model in models.items()
     }
-
-
-def _loss_backward(model: PreTrainedModel) -> Tensor:
-    """The loss of a few random tokens; gradients are left in the parameters."""
-    count = min(NUM_CHECKED, model.config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, count + 1), generator=generator)
-    ids = ids.to(model.device)
-    loss: Tensor = CausalLMLoss(model)(ids[:, :-1], ids[:, 1:])
-    loss.backward()
-    return loss.detach()
+    return {name: layer.config.to_target() for name, layer in first.items() if layer is not None}
 
 
 def model_bars(flops: Mapping[str, float], times: Timings) -> list[Bar]:
@@ -215,17 +176,20 @@ def training_step(
     model.train()
     loss_of = CausalLMLoss(model)
     optimizer = build_optimizer(model, learning_rate=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    size = (rows, shape.context_length + 1)
-    ids = torch.randint(shape.vocab_size, size, generator=generator).to(model.device)
-    kind = model.device.type
+    ids = random_ids(model, rows, shape)
 
     def run() -> None:
-        with torch.autocast(kind, dtype=DTYPES[dtype], enabled=dtype != "fp32"):
-            loss = loss_of(ids[:, :-1], ids[:, 1:])
+        loss = autocast_loss(loss_of, ids[:, :-1], ids[:, 1:], dtype)
         (loss / ids[:, 1:].numel()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return run
+
+
+def random_ids(model: PreTrainedModel, rows: int, shape: ModelShape) -> Tensor:
+    """The tokens of a step, (rows, context_length + 1), where ``model`` is."""
+    generator = torch.Generator().manual_seed(0)
+    size = (rows, shape.context_length + 1)
+    return torch.randint(shape.vocab_size, size, generator=generator).to(model.device)

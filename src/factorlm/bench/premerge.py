@@ -19,7 +19,7 @@ from factorlm.bench.options import DTYPES, BenchOptions, quick_start
 from factorlm.bench.truth import CHECKED_TOKENS, check_layer, check_outputs
 from factorlm.errors import NumericError
 from factorlm.inference import pack_, tune
-from factorlm.inference.graph import capture
+from factorlm.inference.capture import capture
 from factorlm.layers import PreMergedLinear, StructuredLinear
 from factorlm.ops.low_rank import expects_one_launch
 from factorlm.records import BenchmarkRecord
@@ -125,14 +125,12 @@ def premerge_bars(
 def timed_forward(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     """What is timed: ``layer`` (x (N, I)) -> (N, O) without gradients, its copies made.
 
-    On CUDA a captured graph, of the form that the layer's table chooses: in a capture itself a
-    ``PreMergedLinear`` always takes the factors.
+    On CUDA a graph, made as that of a step of decoding is: with the merged copy of a
+    ``PreMergedLinear`` where its table chooses that, else with its factors.
     """
-    if x.is_cuda and isinstance(layer, PreMergedLinear):
-        layer = layer.to_linear() if layer.policy.merges(len(x)) else layer.structured
     run = torch.no_grad()(lambda: layer(x))
     run()
-    return capture(run) if x.is_cuda else run
+    return capture(run, x.device) if x.is_cuda else run
 
 
 def check_timed(name: str, run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> None:
@@ -151,7 +149,7 @@ def _factors(layer: nn.Module) -> nn.Module:
 def _fused(layers: Mapping[str, nn.Module], x: Tensor) -> dict[str, nn.Module]:
     """The factors of low_rank as a case of their own, where they take one launch."""
     layer = layers.get("low_rank")
-    is_fused = expects_one_launch(x.device.type, x.dtype, len(x))
+    is_fused = expects_one_launch(x.device, x.dtype, len(x))
     return {FUSED: layer.structured} if is_fused and isinstance(layer, PreMergedLinear) else {}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -35,17 +35,28 @@ PATIENCE = 2
 NUM_TIMED = 3
 """Generations at each size, of which the median counts."""
 
+Tell = Callable[[str], None]
+"""Takes what was found so far, a line at a time: the search takes minutes."""
+
+
+def say_nothing(line: str) -> None:
+    """Drop the line."""
+
 
 def benchmark_throughput(
-    options: BenchOptions, shape: ModelShape, decode: DecodeOptions
+    options: BenchOptions, shape: ModelShape, decode: DecodeOptions, tell: Tell = say_nothing
 ) -> Iterator[BenchmarkRecord]:
     """A record for each dtype: every model at the batch size that serves it best."""
     for dtype in options.dtype_names:
-        yield measure_throughput(options, shape, decode, dtype)
+        yield measure_throughput(options, shape, decode, dtype, tell)
 
 
 def measure_throughput(
-    options: BenchOptions, shape: ModelShape, decode: DecodeOptions, dtype: str
+    options: BenchOptions,
+    shape: ModelShape,
+    decode: DecodeOptions,
+    dtype: str,
+    tell: Tell = say_nothing,
 ) -> BenchmarkRecord:
     """Find each model's best batch size, then time the models there in turns. Raises
     ``NumericError`` if one computes something else."""
@@ -59,7 +70,8 @@ def measure_throughput(
     dense_bytes = 0.0
     for name, model in models.items():
         packed = packed_copy(model)
-        best = best_batch_size(packed, decode, limit)
+        tell(f"{name}, smaller batches first")
+        best = best_batch_size(packed, decode, limit, tell)
         run = DecoderRun(packed, best, decode)
         check_runs({name: run}, model, best, decode, dtype)
         found = token_bytes(model, best, decode)
@@ -69,6 +81,7 @@ def measure_throughput(
             ideal_speedup=dense_bytes / found if cases else None,
             num_tokens=best * decode.num_new_tokens,
         )
+    tell(f"all at their best sizes, {options.rounds} rounds")
     return measure_cases(
         "throughput",
         generation_settings(options, shape, decode, dtype, models),
@@ -80,13 +93,16 @@ def measure_throughput(
     )
 
 
-def best_batch_size(model: PreTrainedModel, decode: DecodeOptions, limit: float) -> int:
+def best_batch_size(
+    model: PreTrainedModel, decode: DecodeOptions, limit: float, tell: Tell = say_nothing
+) -> int:
     """Doubled from 1 until two sizes in a row gain nothing, while the cache is below ``limit``
     bytes."""
     row = cache_bytes(model, decode.num_prompt_tokens + decode.num_new_tokens)
     best, rate, size, in_vain = 1, 0.0, 1, 0
     while in_vain < PATIENCE and size * row < limit:
         found = rows_per_second(model, size, decode)
+        tell(f"batch {size}: {found * decode.num_new_tokens:,.0f} tokens/s")
         if found > rate * WORTH_DOUBLING:
             best, rate, in_vain = size, found, 0
         else:

@@ -78,9 +78,13 @@ def _guided_product(layer: SelfGuidedLinear, x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The places of up to ``CHECKED_TOKENS`` tokens of x (N, I), from the first to the last."""
-    count = min(len(x), CHECKED_TOKENS)
-    return torch.arange(count, device=x.device) * (len(x) - 1) // max(count - 1, 1)
+    """The places of up to ``CHECKED_TOKENS`` tokens of x (N, I)."""
+    return spread_places(len(x), min(len(x), CHECKED_TOKENS), x.device)
+
+
+def spread_places(total: int, count: int, device: torch.device) -> Tensor:
+    """``count`` places of ``total``, from the first to the last."""
+    return torch.arange(count, device=device) * (total - 1) // max(count - 1, 1)
 
 
 def _check(what: str, found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

@@ -249,7 +249,11 @@ def _model_records(
             elif args.benchmark == "decode":
                 yield from benchmark_decode(one, shape, decode)
             else:
-                yield from benchmark_throughput(one, shape, decode)
+                yield from benchmark_throughput(one, shape, decode, _tell)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _decode_options(args: argparse.Namespace) -> DecodeOptions:

@@ -20,9 +20,9 @@ One prompt's text streams as it comes. Several prompts go through the model as o
 the greedy text that it gives alone, and the texts are written when all are done. A --stop string
 ends a text and is not part of it.
 
-Speeds go to stderr, after a warm-up: of the prompt, and of the tokens after the first one, at the
-median token. Given a run, they go into its records, where factorlm compare finds those of single
-texts.
+Speeds go to stderr: of the prompt, and of the tokens after the first one, at the median token.
+Neither counts what is made first (memory, graph, program) or writing. Given a run, they go into its
+records, where factorlm compare finds those of single texts.
 
 examples:
   factorlm generate runs/demo_low_rank --prompt "def main("
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     """Write the texts to stdout, the speed to stderr and into the run's records."""
     from factorlm.config import check
     from factorlm.hf import model_folder
-    from factorlm.inference import Sampling, generate_texts, load_text_tokenizer
+    from factorlm.inference import Decoder, Sampling, generate_texts, load_text_tokenizer
 
     sampling = Sampling(
         greedy=args.greedy,
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
         sampling=sampling,
         stop=args.stop,
         on_text=(lambda row, text: print(text, end="", flush=True)) if alone else None,
-        compiled=args.compile,
+        decoder=Decoder(model, compiled=args.compile),
     )
     if alone:
         print(flush=True)

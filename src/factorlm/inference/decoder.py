@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from factorlm.config import check
+from factorlm.errors import NumericError
 from factorlm.inference.attention import use_decode_attention
 from factorlm.inference.graph import GraphSteps, can_capture, can_compile
-from factorlm.inference.sampling import Sampler, Sampling
+from factorlm.inference.sampling import NO_TOKEN, Sampler, Sampling
 from factorlm.inference.steps import Steps, plain_steps, takes_cache
 
 OnToken = Callable[[int, int], bool]
@@ -33,9 +34,10 @@ class TokenGeneration:
     num_prompt_tokens: tuple[int, ...]
     """Of each row, without padding."""
     prefill_seconds: float
-    """Until the first new token of all rows."""
+    """Until the first new token of all rows, once memory, graph and program are there."""
     decode_ms: tuple[float, ...]
-    """Of each later step, which adds one token to every row."""
+    """Of each later step, which adds one token to every row; what ``on_token`` does
+    with it is left out."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -53,8 +55,9 @@ class Decoder:
 
     ``model`` is a causal language model in eval mode. ``max_length`` is how many tokens a row may
     have, prompt included; None: as many as a call needs, and a call that needs more than those
-    before it allocates anew. A CUDA graph is captured once for each batch size, and reads the
-    weights where they are: after a change that replaces them (``to``, merging), make a new
+    before it allocates anew. A CUDA graph is captured once for each batch size, and again for a
+    generation that finds weights elsewhere (``to``, ``load_state_dict(assign=True)``) or copies of
+    ``premerge_`` dropped. After a change of the layers themselves (``premerge_``) make a new
     ``Decoder``. ``cuda_graph=False`` is for a model whose own code cannot be captured.
 
     One object serves one thread at a time; threads that share a model take a ``Decoder`` each.
@@ -82,6 +85,7 @@ class Decoder:
         self._kept: dict[tuple[object, ...], Steps] = {}
         use_decode_attention(model)
 
+    @torch.inference_mode(False)  # what is kept has to serve callers outside of it too
     @torch.no_grad()
     def generate(
         self,
@@ -97,28 +101,29 @@ class Decoder:
 
         Prompts of different lengths are padded on the left; a row's greedy tokens are those that
         it has alone. Samples depend on the seed and on the number of rows; the global random
-        state is neither read nor changed. Raises ``ConfigError`` for an empty prompt, an unknown
-        token, too many tokens, or a model in training mode.
+        state is neither read nor changed. Raises ``ConfigError`` for an empty prompt, an id
+        that is no token of the model, too many tokens, or a model in training mode. Raises
+        ``NumericError`` for logits that are not finite.
         """
-        self._check(prompts, max_new_tokens)
+        self._check(prompts, max_new_tokens, pad_id)
         sampling = sampling or Sampling()
         device = self.model.device
-        since = time.perf_counter()
-        ids, num_pads = _pad_left(prompts, pad_id, device)
-        steps = self._steps(len(prompts), ids.shape[1] + max_new_tokens)
+        longest = max(len(prompt) for prompt in prompts)
+        steps = self._steps(len(prompts), longest + max_new_tokens)
+        ids, num_pads = _pad_left(prompts, pad_id, device)  # waits for what ``_steps`` began
         rows = _Rows(len(prompts), frozenset(eos_ids), pad_id, on_token, device)
         choose = Sampler(sampling, device)
         seconds: list[float] = []
+        since = time.perf_counter()
         logits = steps.prefill(ids, num_pads)
         while True:
             tokens = rows.pad(choose(logits))
             new = tokens.tolist()  # waits for the device
-            now = time.perf_counter()
-            seconds.append(now - since)
-            since = now
+            seconds.append(time.perf_counter() - since)
             rows.add(new)
             if rows.num_open == 0 or len(seconds) == max_new_tokens:
                 break
+            since = time.perf_counter()  # what ``on_token`` does is no part of a step
             logits = steps.step(tokens)
         return TokenGeneration(
             ids=torch.tensor(rows.steps).T,
@@ -128,13 +133,11 @@ class Decoder:
             decode_ms=tuple(1000 * one for one in seconds[1:]),
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, pad_id: int) -> None:
         check(len(prompts) > 0, "prompts=[] must have at least one row")
         empty = [row for row, prompt in enumerate(prompts) if len(prompt) == 0]
         check(not empty, f"the prompts of rows {empty} must have at least one token")
-        limit = self.model.get_input_embeddings().num_embeddings
-        highest = max(max(prompt) for prompt in prompts)
-        check(highest < limit, f"token {highest} of a prompt exceeds the vocabulary of {limit}")
+        self._check_ids(prompts, pad_id)
         length = max(len(prompt) for prompt in prompts)
         check_room(self.model, length, max_new_tokens)
         check(
@@ -144,13 +147,28 @@ class Decoder:
         )
         check(not self.model.training, "the model is in training mode; call model.eval() first")
 
+    def _check_ids(self, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        limit = self.model.get_input_embeddings().num_embeddings
+        rule = f"must lie in the model's vocabulary, from 0 to {limit - 1}"
+        check(0 <= pad_id < limit, f"pad_id={pad_id} {rule}")
+        wrong = [
+            f"prompts[{row}][{place}]={token}"
+            for row, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+            if not 0 <= token < limit
+        ]
+        check(not wrong, f"{', '.join(wrong[:8])} {rule}")
+
     def _steps(self, batch: int, length: int) -> Steps:
-        """What was kept from a call with as many rows, if it is long enough."""
+        """What was kept from a call with as many rows, if it is long enough and still right."""
         key = (batch, self.model.dtype, self.model.device)
         kept = self._kept.get(key)
-        if kept is None or kept.max_length < length:
-            self._kept.pop(key, None)  # its memory is free before more is asked for
+        if kept is None or kept.max_length < length or not kept.is_current():
+            del kept  # with all of its memory, before more is asked for
+            self._kept.pop(key, None)
             kept = self._make_steps(batch, self.max_length or length)
+            # Allocates, compiles and makes copies of weights: no part of a call's time.
+            kept.prefill(torch.zeros(batch, 1, dtype=torch.long, device=self.model.device), None)
             self._kept[key] = kept
         return kept
 
@@ -243,12 +261,21 @@ class _Rows:
 
     def add(self, new: list[int]) -> None:
         """Take the tokens of a step, and end the rows that end with theirs."""
+        self._check(new)
         self.steps.append(new)
         for row, token in enumerate(new):
             if self.lengths[row] is None and self._ends(row, token):
                 self.lengths[row] = len(self.steps)
                 self.num_open -= 1
                 self._ended[row] = True
+
+    def _check(self, new: list[int]) -> None:
+        bad = [row for row, token in enumerate(new) if token == NO_TOKEN]
+        if bad:
+            raise NumericError(
+                f"the logits of rows {bad} for new token {len(self.steps) + 1} are not finite: "
+                "weights that are not, or values beyond the range of the model's dtype"
+            )
 
     def _ends(self, row: int, token: int) -> bool:
         asked = self._on_token is not None and self._on_token(row, token)

@@ -14,7 +14,6 @@ from factorlm.inference.sampling import Sampling
 from factorlm.inference.text import TextStream
 
 DEFAULT_NEW_TOKENS = 200
-WARM_UP_TOKENS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,7 @@ def generate_text(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
+    decoder: Decoder | None = None,
 ) -> Generation:
     """Go on with one prompt; ``on_text`` gets the new text as it comes. See ``generate_texts``."""
     (found,) = generate_texts(
@@ -63,6 +63,7 @@ def generate_text(
         sampling=sampling,
         stop=stop,
         on_text=None if on_text is None else lambda row, text: on_text(text),
+        decoder=decoder,
     )
     return found
 
@@ -76,31 +77,31 @@ def generate_texts(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
-    compiled: bool = False,
+    decoder: Decoder | None = None,
 ) -> list[Generation]:
-    """Go on with each prompt, all in one batch, until the end-of-text token, a string of ``stop``
-    or ``max_new_tokens``.
+    """Go on with each prompt, all in one batch, until an end-of-text token (the tokenizer's, or
+    one of the model's generation config), a string of ``stop`` or ``max_new_tokens``.
 
-    None stands for 200 tokens, or as many as the model has positions for; an empty prompt begins
-    a new document. A stop string is not part of the text. ``on_text`` gets a row and its new text
-    as it comes. A short generation before warms up, so that times are those of a process that
-    serves. ``compiled`` is ``Decoder``'s. Raises ``ConfigError`` where the tokens do not fit the
-    model's positions.
+    None stands for 200 tokens, or as many as the model or the decoder has room for; an empty
+    prompt begins a new document. A stop string is not part of the text. ``on_text`` gets a row and
+    its new text as it comes. ``decoder`` is one of ``model`` that is kept for many calls; None: a
+    new one.
+
+    Raises ``ConfigError`` where the tokens do not fit the model's positions, and what
+    ``Decoder.generate`` raises.
     """
+    decoder = decoder or Decoder(model)
+    check(decoder.model is model, "decoder must be one of the model that is given")
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, ids), default=0)
-    count = _num_new_tokens(model, longest, max_new_tokens)
-    streams = [TextStream(tokenizer, stop, _of_row(on_text, row)) for row in range(len(ids))]
-    eos_ids = _eos_ids(model, tokenizer)
-    decoder = Decoder(model, max_length=longest + count, compiled=compiled)
-    warm_up = min(count, WARM_UP_TOKENS)
-    decoder.generate(ids, max_new_tokens=warm_up, sampling=Sampling(greedy=True))
+    streams = [
+        TextStream(tokenizer, stop, _of_row(on_text, row), prompt) for row, prompt in enumerate(ids)
+    ]
     done = decoder.generate(
         ids,
-        max_new_tokens=count,
+        max_new_tokens=_num_new_tokens(decoder, longest, max_new_tokens),
         sampling=sampling,
-        eos_ids=eos_ids,
-        pad_id=min(eos_ids, default=0),
+        eos_ids=_eos_ids(model, tokenizer),
         on_token=lambda row, token: streams[row].add(token),
     )
     for stream in streams:
@@ -114,24 +115,23 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def _num_new_tokens(model: PreTrainedModel, num_prompt_tokens: int, wanted: int | None) -> int:
+def _num_new_tokens(decoder: Decoder, num_prompt_tokens: int, wanted: int | None) -> int:
     """How many tokens to generate at most; raises ``ConfigError`` if they do not fit."""
     if wanted is None:
-        free = room(model, num_prompt_tokens)
-        wanted = DEFAULT_NEW_TOKENS if free is None else max(1, min(DEFAULT_NEW_TOKENS, free))
-    check_room(model, num_prompt_tokens, wanted)
+        free = room(decoder.model, num_prompt_tokens)
+        own = None if decoder.max_length is None else decoder.max_length - num_prompt_tokens
+        limits = (DEFAULT_NEW_TOKENS, free, own)
+        wanted = max(1, min(limit for limit in limits if limit is not None))
+    check_room(decoder.model, num_prompt_tokens, wanted)
     return wanted
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's end of text; the model's own where the tokenizer has none."""
+    """The tokenizer's end of text, and all that the model's generation config ends at."""
     own = model.generation_config
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = None if own is None else own.eos_token_id
-    if eos is None:
-        return set()
-    return set(eos) if isinstance(eos, list) else {eos}
+    given = [tokenizer.eos_token_id, None if own is None else own.eos_token_id]
+    ids = (one for eos in given for one in (eos if isinstance(eos, list) else [eos]))
+    return {one for one in ids if one is not None}
 
 
 def _of_row(on_text: Callable[[int, str], None] | None, row: int) -> Callable[[str], None] | None:

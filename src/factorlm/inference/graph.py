@@ -7,33 +7,41 @@ next token is a number on the device. Hugging Face's ``StaticLayer`` is made for
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from types import FunctionType, MethodType
+from itertools import chain
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from factorlm.inference.capture import NUM_WARM_UPS, capture
 from factorlm.inference.steps import LastLogits, Steps
 
-NUM_WARM_UPS = 3
-"""Runs before the capture, in which libraries allocate what they need (PyTorch's own advice)."""
+_COMPILING = threading.Lock()
+"""Held while a step is compiled, so that what was generated then belongs to it."""
 
 
 class GraphSteps(Steps):
     """Prompts are computed as usual; every later token replays one graph.
 
-    The graph is made once, for ``batch`` rows of ``max_length`` tokens. A CUDA graph reads the
-    weights where they are: a model whose weights are replaced needs a new one. A ``compiled`` one
-    holds packed weights of its own: any change of a weight needs a new one.
+    The graph is made once, for ``batch`` rows of ``max_length`` tokens. A CUDA graph reads weights,
+    and merged copies where ``premerge_`` chose them for ``batch`` tokens, where they lie:
+    ``is_current`` says whether a new one is needed. A ``compiled`` one holds packed weights of its
+    own: any change of a weight needs a new one, which nobody says.
     """
 
     def __init__(
         self, model: PreTrainedModel, batch: int, max_length: int, *, compiled: bool = False
     ) -> None:
         self.max_length = max_length
+        self._model = model
+        self._places = places(model)
         device = model.device
         self._logits = LastLogits(model)
         self._cache = fixed_cache(model.config, max_length)
@@ -41,14 +49,16 @@ class GraphSteps(Steps):
         self._position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         # Ones beyond the tokens so far are hidden by causality.
         self._mask = torch.ones(batch, max_length, dtype=torch.long, device=device)
-        self._replay = compile_frozen(self) if compiled else capture(self._step)
+        self._captured = None if compiled else capture(self._without_self(), device)
+        self._replay = self._captured or compile_frozen(self)
         self._has_to_compile = compiled
 
     def prefill(self, ids: Tensor, num_pads: Tensor | None) -> Tensor:
         """See ``Steps``."""
         if self._has_to_compile:  # the first call may run the step twice
             self._prefill(ids[:, :1], None)
-            self._replay()
+            with _weights_go_with(self):
+                self._replay()
             self._has_to_compile = False
         return self._prefill(ids, num_pads)
 
@@ -66,13 +76,39 @@ class GraphSteps(Steps):
     def step(self, tokens: Tensor) -> Tensor:
         """See ``Steps``."""
         self._token.copy_(tokens.unsqueeze(1))
+        if self._captured is not None and not self._captured.is_kept():
+            return self._step()  # until a generation that asks ``is_current``
         return self._replay()
+
+    def is_current(self) -> bool:
+        """See ``Steps``. Not of a ``compiled`` one."""
+        if self._captured is None:
+            return True
+        return self._captured.is_current() and places(self._model) == self._places
 
     def _step(self) -> Tensor:
         """What is captured: reads and writes only memory that stays where it is."""
-        logits = self._logits(self._token, self._mask, self._position, self._cache)
-        self._position.add_(1)
-        return logits
+        return _decode(self._logits, self._token, self._mask, self._position, self._cache)
+
+    def _without_self(self) -> Callable[[], Tensor]:
+        """``_step``, that a graph can hold without holding this, which holds the graph."""
+        return partial(_decode, self._logits, self._token, self._mask, self._position, self._cache)
+
+
+def _decode(
+    logits: LastLogits, token: Tensor, mask: Tensor, position: Tensor, cache: Cache
+) -> Tensor:
+    found = logits(token, mask, position, cache)
+    position.add_(1)
+    return found
+
+
+def places(model: PreTrainedModel) -> list[tuple[object, ...]]:
+    """Where the weights and buffers lie, and how."""
+    return [
+        (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        for tensor in chain(model.parameters(), model.buffers())
+    ]
 
 
 def fixed_cache(config: PretrainedConfig, max_length: int) -> Cache:
@@ -82,27 +118,6 @@ def fixed_cache(config: PretrainedConfig, max_length: int) -> Cache:
     one number for ever. A window that stays open (``is_steady``) needs no such layer.
     """
     return Cache(layers=[StaticLayer(max_length) for _ in DynamicCache(config=config).layers])
-
-
-def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Capture ``step`` as a CUDA graph; the result replays it and returns the same tensor."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(NUM_WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-
-    return partial(_replay, graph, output, step)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, output: Tensor, step: object) -> Tensor:
-    """``step`` is only held: the graph reads what it refers to, where that lay in the capture."""
-    graph.replay()
-    return output
 
 
 def compile_frozen(steps: GraphSteps) -> Callable[[], Tensor]:
@@ -127,6 +142,25 @@ def compile_frozen(steps: GraphSteps) -> Callable[[], Tensor]:
             return program()
 
     return run
+
+
+@contextmanager
+def _weights_go_with(steps: GraphSteps) -> Iterator[None]:
+    """What is compiled within loses its packed weights when ``steps`` is collected: PyTorch keeps
+    every module that it generates, to the end of the process, and they are constants of one."""
+    from torch._inductor.codecache import PyCodeCache
+
+    with _COMPILING:
+        known = len(PyCodeCache.modules)
+        yield
+        made = PyCodeCache.modules[known:]
+    weakref.finalize(steps, _drop_weights, made).atexit = False
+
+
+def _drop_weights(modules: list[ModuleType]) -> None:
+    for module in modules:
+        for name in [name for name in vars(module) if name.startswith("_frozen_param")]:
+            delattr(module, name)
 
 
 def can_compile(model: PreTrainedModel, max_length: int) -> bool:

@@ -80,7 +80,7 @@ class LayerCase:
         del target["init"]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.device_type == "cuda":
-            values["triton"] = _triton_version()
+            values |= {"triton": _triton_version(), "timed": "CUDA graph"}
         return values | {
             "config": target,
             "dtype": str(self.dtype).removeprefix("torch."),

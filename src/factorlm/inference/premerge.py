@@ -14,6 +14,7 @@ from factorlm.inference.packing import packed_bytes
 from factorlm.inference.roofline import estimated_table
 from factorlm.layers import MergePolicy, PreMergedLinear, SelfGuidedLinear, StructuredLinear
 from factorlm.surgery import replace_everywhere
+from factorlm.surgery.swap import check_not_premerged
 
 Source = Literal["given", "measured", "estimated"]
 
@@ -88,7 +89,7 @@ def premerge_(
             blocks of rows and columns does not.
 
     A model without structured layers is left as it is. Raises ``ConfigError`` for a model on the
-    meta device, or one that has guides or merged copies already.
+    meta device, or one that has guides, or structured layers with merged or packed copies already.
     """
     budget = memory_budget_bytes
     check(budget is None or budget >= 0, f"memory_budget_bytes={budget} must be at least 0")
@@ -133,7 +134,7 @@ class _Decision:
 def _layers(model: nn.Module) -> dict[str, StructuredLinear]:
     """The layers to decide on, by name. A ``dense`` one is its own merged copy."""
     kind = type(model).__name__
-    check(not premerged_layers(model), f"{kind} has merged copies already: unpremerge_ first")
+    check_not_premerged(model)
     guided = any(isinstance(module, SelfGuidedLinear) for module in model.modules())
     check(not guided, f"{kind} has guides attached: detach_guides_ first")
     layers = {

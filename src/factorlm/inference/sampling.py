@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,10 @@ from factorlm.config import Config, check
 
 LIKELY_TOKENS = 1024
 """The nucleus of ``top_p`` is looked for among so many tokens first: a whole sort costs more."""
+LEAST_TEMPERATURE = 1e-30
+"""Logits over a lower one overflow, and a draw is the most likely token anyway."""
+NO_TOKEN = -1
+"""Chosen from logits that are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,8 @@ class Sampling(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rule = "must be above 0 (greedy takes the most likely token)"
-        check(self.temperature > 0, f"temperature={self.temperature} {rule}")
+        rule = "must be above 0 (greedy takes the most likely token) and finite"
+        check(0 < self.temperature < math.inf, f"temperature={self.temperature} {rule}")
         check(self.top_k is None or self.top_k >= 1, f"top_k={self.top_k} must be at least 1")
         top_p = self.top_p
         check(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]")
@@ -44,10 +49,17 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         """The next token of each row, (B,) int64, from logits (B, V). Never waits for a GPU.
 
-        The largest of logit + Gumbel noise is a draw from the softmax (the Gumbel-max identity),
+        ``NO_TOKEN`` where the logit of the choice is not finite: any NaN of a row is its largest.
+        """
+        tokens = self._choose(logits)
+        chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return tokens.where(chosen.isfinite(), NO_TOKEN)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The largest of logit + Gumbel noise is a draw from the softmax (the Gumbel-max identity),
         and minus the logarithm of exponential noise is Gumbel noise.
         """
-        if self._sampling.greedy:
+        if self._sampling.greedy or self._sampling.temperature < LEAST_TEMPERATURE:
             return logits.argmax(dim=-1)
         logits = filter_logits(logits.float(), self._sampling)
         noise = torch.empty_like(logits).exponential_(generator=self._generator)
@@ -89,4 +101,4 @@ def _floor_of_sorted(ordered: Tensor, total: Tensor, top_p: float) -> Tensor:
     probability = (ordered - total).exp()
     before = probability.cumsum(dim=-1) - probability
     num_kept = (before < top_p).sum(dim=-1, keepdim=True)
-    return ordered.gather(-1, num_kept - 1)
+    return ordered.gather(-1, (num_kept - 1).clamp(min=0))  # of NaN none is kept

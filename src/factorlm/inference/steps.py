@@ -32,6 +32,11 @@ class Steps(ABC):
         """Append a token (B,) to each row. Returns the logits of the next, (B, V), valid until
         the next call."""
 
+    def is_current(self) -> bool:
+        """Whether these steps are those of the model as it is. Asked before a generation; where
+        they are not, new ones are needed."""
+        return True
+
 
 class LastLogits:
     """Calls a model for the logits of the last position, with the arguments that it takes."""

@@ -13,6 +13,9 @@ from factorlm.errors import CheckpointError
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for the bytes of a character that is not whole yet."""
+NUM_CONTEXT = 16
+"""Ids of the prompt that are decoded again with the first new ones: more than the special tokens,
+which are no text, that a prompt ends with."""
 
 
 def load_text_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -29,8 +32,9 @@ class TextStream:
 
     Tokens are decoded from a little before the first that is not text yet, since what a token
     means may depend on the one before it. Text that may be the beginning of a stop string waits.
-    ``on_text`` gets pieces that together are ``text``. Raises ``ConfigError`` for an empty stop
-    string.
+    ``on_text`` gets pieces that together are ``text``. ``prompt`` is the ids that the text goes on
+    from: some tokenizers strip the space before the first token that they decode. Raises
+    ``ConfigError`` for an empty stop string.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
+        prompt: Sequence[int] = (),
     ) -> None:
         check(all(stop), f"stop={list(stop)!r} must have no empty string")
         self.text = ""
@@ -45,10 +50,10 @@ class TextStream:
         self.stopped = False
         """A stop string was found."""
         self._tokenizer, self._stop, self._on_text = tokenizer, tuple(stop), on_text
-        self._ids: list[int] = []
+        self._ids = list(prompt[-NUM_CONTEXT:])
         self._context = 0
         """Decoding begins here."""
-        self._read = 0
+        self._read = len(self._ids)
         """Tokens before this one are in ``text``."""
         self._num_given = 0
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from factorlm.config import check
+from factorlm.inference.capture import capture
 from factorlm.inference.latency import (
     LatencyTable,
     LayerCase,
@@ -37,8 +40,9 @@ def tune(
 
     With 1, 2, 4, ... tokens up to ``max_tokens``; the factors and the merged copy take turns
     (``factorlm.measure.measure_latency``). Layers of one case take turns too, so that the
-    processor's caches do not hold weights that decoding would have to fetch. Each table is saved as
-    soon as it is there: what was measured before an interruption is not lost.
+    processor's caches do not hold weights that decoding would have to fetch. On CUDA these layers
+    are one graph, in which no launch from Python counts, as in a step of decoding. Each table is
+    saved as soon as it is there: what was measured before an interruption is not lost.
 
     Args:
         measure: called as ``measure_latency`` is.
@@ -86,26 +90,47 @@ def _measure(layers: list[StructuredLinear], num_tokens: int, measure: Measure) 
     x = torch.randn(num_tokens, layers[0].in_features, generator=generator)
     x = x.to(device=like.device, dtype=like.dtype)
     policies = {"structured": MergePolicy.never(), "merged": MergePolicy.always()}
+    timed = {name: _timed(layers, policy, x) for name, policy in policies.items()}
     found = measure(
-        {name: _in_turn(layers, policy, x) for name, policy in policies.items()},
-        synchronize=synchronizer(like.device),
+        {name: one.run for name, one in timed.items()}, synchronize=synchronizer(like.device)
     )
-    structured, merged = found["structured"], found["merged"]
+    return _latency(num_tokens, found, {name: one.num_layers for name, one in timed.items()})
+
+
+def _latency(
+    num_tokens: int, found: Mapping[str, Measurement], num_layers: Mapping[str, int]
+) -> TokenLatency:
+    """Of one layer, where a call that was timed runs ``num_layers``."""
     return TokenLatency(
         num_tokens=num_tokens,
-        structured_ms=structured.median_ms,
-        merged_ms=merged.median_ms,
-        noise_ms=max(structured.spread_ms, merged.spread_ms),
+        structured_ms=found["structured"].median_ms / num_layers["structured"],
+        merged_ms=found["merged"].median_ms / num_layers["merged"],
+        noise_ms=max(found[name].spread_ms / count for name, count in num_layers.items()),
     )
 
 
-def _in_turn(
-    layers: list[StructuredLinear], policy: MergePolicy, x: torch.Tensor
-) -> Callable[[], object]:
-    """A function that runs the next of ``layers``; their copies are made before it is called."""
+class _Timed(NamedTuple):
+    run: Callable[[], torch.Tensor]
+    num_layers: int
+    """That one call runs."""
+
+
+def _timed(layers: list[StructuredLinear], policy: MergePolicy, x: torch.Tensor) -> _Timed:
+    """What runs the next of ``layers``, on CUDA all of them from a graph. Their copies are made
+    before it is called."""
     wrapped = [PreMergedLinear(layer, policy) for layer in layers]
     for layer in wrapped:
         layer.training = False  # of the wrapper alone: the model keeps its mode
         layer(x)
+    if x.is_cuda:
+        return _Timed(capture(partial(_run_all, wrapped, x), x.device), len(wrapped))
     turns = itertools.cycle(wrapped)
-    return lambda: next(turns)(x)
+    return _Timed(lambda: next(turns)(x), 1)
+
+
+def _run_all(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """What the last one returns."""
+    y = x
+    for layer in layers:
+        y = layer(x)
+    return y

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +56,22 @@ class KeptCopy:
                     self._copy = copy = self._new(tensors, make)
         return copy.kept
 
+    def hold(self, layer: nn.Module) -> Kept | None:
+        """It, that of ``layer``, for the CUDA graph that is captured now.
+
+        None outside of ``holding_copies``, which keeps it alive, and where it would have to be
+        computed, which a graph would do anew in every replay.
+        """
+        holder, copy = _HOLDER.get(), self._copy
+        if holder is None or copy is None:
+            return None
+        held = _Held(layer, self, copy)
+        return holder.take(held) if held.is_current() else None
+
     def _new(self, tensors: tuple[Tensor, ...], make: Callable[[], Kept]) -> _Copy:
         # Noted before anything is computed: a change meanwhile must not go unseen.
         epoch = self._epoch
-        sources = tuple(
-            _Source(tensor, tensor._version, tensor.untyped_storage(), tensor.data_ptr())
-            for tensor in tensors
-        )
+        sources = tuple(map(_Source.of, tensors))
         kept = make()
         device = tensors[0].device
         if device.type not in ("cpu", "meta"):
@@ -76,6 +87,30 @@ class _Source(NamedTuple):
     storage: torch.UntypedStorage
     """Held, so that no other tensor can get its address."""
     address: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """``tensor`` as it is."""
+        return cls(
+            tensor=tensor,
+            version=tensor._version,
+            storage=tensor.untyped_storage(),
+            address=tensor.data_ptr(),
+            shape=tensor.shape,
+            strides=tensor.stride(),
+        )
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is the one it was, unchanged."""
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+            and tensor.shape == self.shape
+            and tensor.stride() == self.strides
+        )
 
 
 class _Copy(NamedTuple):
@@ -90,12 +125,59 @@ class _Copy(NamedTuple):
         """Whether it is that of ``tensors`` as they are."""
         if self.epoch is not epoch or len(tensors) != len(self.sources):
             return False
-        return all(
-            tensor is source.tensor
-            and tensor._version == source.version
-            and tensor.data_ptr() == source.address
-            for tensor, source in zip(tensors, self.sources, strict=True)
-        )
+        return all(map(_Source.is_still, self.sources, tensors))
+
+
+class _Held(NamedTuple):
+    """A copy that someone reads without asking its place for it."""
+
+    layer: nn.Module
+    place: KeptCopy
+    copy: _Copy
+
+    def is_kept(self) -> bool:
+        """Whether it has its place still."""
+        return self.place._copy is self.copy
+
+    def is_current(self) -> bool:
+        """Whether a call of the layer would take it now."""
+        tensors = watchable_tensors(self.layer)
+        if tensors is None or not self.is_kept():
+            return False
+        return self.copy.is_of(tensors, self.place._epoch)
+
+
+class HeldCopies:
+    """The copies that a CUDA graph reads where they lie. They live as long as this does."""
+
+    def __init__(self) -> None:
+        self._all: list[_Held] = []
+
+    def take(self, held: _Held) -> Kept:
+        """Hold one more."""
+        self._all.append(held)
+        return held.copy.kept
+
+    def are_kept(self) -> bool:
+        """Whether no layer dropped its copy or made another. It looks at no weight: a change in
+        place that no call has met yet is not seen."""
+        return all(held.is_kept() for held in self._all)
+
+    def are_current(self) -> bool:
+        """Whether the layers would take these copies in a call now."""
+        return all(held.is_current() for held in self._all)
+
+
+@contextmanager
+def holding_copies() -> Iterator[HeldCopies]:
+    """Within it, and in this thread, what is captured as a CUDA graph may read copies. Whoever
+    replays the graph keeps what this gives, and asks it first."""
+    copies = HeldCopies()
+    token = _HOLDER.set(copies)
+    try:
+        yield copies
+    finally:
+        _HOLDER.reset(token)
 
 
 def watchable_tensors(layer: nn.Module) -> tuple[Tensor, ...] | None:
@@ -136,5 +218,6 @@ def _after_step(*step: object) -> None:
         copy.drop()
 
 
+_HOLDER: ContextVar[HeldCopies | None] = ContextVar("_HOLDER", default=None)
 _COPIES: weakref.WeakSet[KeptCopy] = weakref.WeakSet()
 _COPIES_LOCK = threading.Lock()

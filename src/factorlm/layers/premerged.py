@@ -81,9 +81,10 @@ class PreMergedLinear(StructuredWrapper):
     is a copy of factors that are whole matrices.
 
     Only a call in eval mode without gradients (``torch.no_grad``, ``torch.inference_mode``) takes
-    a copy. Training, gradients, autocast, ``torch.compile``, the capture of a CUDA graph, a layer
-    with hooks or with tensors that are no plain parameters take ``structured``, which is always
-    right. Where copies are packed, so does what ``factorlm.ops.packed.takes_packed`` refuses.
+    a copy. Training, gradients, autocast, ``torch.compile``, a layer with hooks or with tensors
+    that are no plain parameters take ``structured``, which is always right. So does a CUDA graph,
+    unless ``factorlm.inference.capture`` captures it, which holds the copy and sees it go. Where
+    copies are packed, so does what ``factorlm.ops.packed.takes_packed`` refuses.
 
     A copy is made by the first call that wants it. It is in no state dict and no list of
     parameters, and no copy of the module has it. It is dropped by ``train()``,
@@ -116,7 +117,7 @@ class PreMergedLinear(StructuredWrapper):
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             return structured(x)
         casts = torch.is_autocast_enabled(x.device.type)  # all of a copy, in every call
-        kept = None if casts or _is_captured(x) else self._kept(x)
+        kept = None if casts else self._kept(x)
         if kept is None or (kept[0].is_mkldnn and not takes_packed(x, kept[0], structured.bias)):
             return structured(x)
         *first, last = kept
@@ -167,6 +168,8 @@ class PreMergedLinear(StructuredWrapper):
         tensors = watchable_tensors(structured) if merges or packs else None
         if tensors is None or x.dtype != tensors[0].dtype:
             return None
+        if merges and _is_captured(x):
+            return self._merged.hold(structured)
         if merges:
             return self._merged.get(tensors, self._merge)
         return self._packed.get(tensors, lambda: tuple(map(pack, structured.matrices())))
@@ -189,7 +192,7 @@ class PreMergedLinear(StructuredWrapper):
 
 
 def _is_captured(x: Tensor) -> bool:
-    """Whether work on ``x`` goes into a CUDA graph, which is replayed when M may be gone."""
+    """Whether work on ``x`` goes into a CUDA graph, which may be replayed when M is gone."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

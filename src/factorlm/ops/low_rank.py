@@ -49,10 +49,9 @@ def has_triton() -> bool:
     return True
 
 
-def expects_one_launch(device_type: str, dtype: torch.dtype, num_tokens: int) -> bool:
+def expects_one_launch(device: torch.device, dtype: torch.dtype, num_tokens: int) -> bool:
     """Whether a call without gradients takes one launch, as far as these tell."""
-    few = num_tokens <= FEW_TOKENS
-    return device_type == "cuda" and few and dtype in FUSED_DTYPES and has_triton()
+    return num_tokens <= FEW_TOKENS and dtype in FUSED_DTYPES and has_kernel(device)
 
 
 def fits_one_launch(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> bool:
@@ -71,15 +70,16 @@ def fits_one_launch(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None)
     )
 
 
-def _has_kernel(x: Tensor) -> bool:
-    """Whether ``x`` is on the current device, and that is one of NVIDIA's with bfloat16."""
-    return x.is_cuda and x.get_device() == torch.cuda.current_device() and _is_supported(x.device)
-
-
 @functools.cache
-def _is_supported(device: torch.device) -> bool:
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    return modern and torch.version.hip is None and has_triton()
+def has_kernel(device: torch.device) -> bool:
+    """Whether ``device`` runs the kernel: one of NVIDIA's with bfloat16, where Triton is."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and has_triton()
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and has_kernel(x.device)
 
 
 def _is_plain(tensor: Tensor, like: Tensor) -> bool:
@@ -121,7 +121,8 @@ def _one_launch(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
 def _fused(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None) -> Tensor:
     from factorlm.ops.triton_low_rank import fused_low_rank
 
-    return fused_low_rank(x, V, U, bias)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return fused_low_rank(x, V, U, bias)
 
 
 def _near(y: Tensor, x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -205,16 +206,23 @@ def _chinchilla_section(fits: StudyFits) -> Section:
     return Section(
         title=f"Parameters N and tokens D: loss = E + A·N^−α + B·D^−β ({percent(level_of(fits))})",
         tables=[Table(header=("family", "E", "A", "B", "α", "β"), rows=tuple(rows))],
-        notes=[_budget_sentence(name, budget) for name, budget in fits.budgets.items()],
+        notes=[
+            _budget_sentence(name, budget, level_of(fits)) for name, budget in fits.budgets.items()
+        ],
     )
 
 
-def _budget_sentence(name: str, budget: Budget) -> str:
+def _budget_sentence(name: str, budget: Budget, level: float) -> str:
     best = budget.best
+    low, high = (
+        format_count(end) if math.isfinite(end) else "∞"
+        for end in (best.num_params_low, best.num_params_high)
+    )
     text = (
         f"{name}, {format_scientific(budget.flops)} FLOPs: best with "
-        f"{format_count(best.num_params)} parameters and {format_count(best.num_tokens)} tokens, "
-        f"loss {best.loss:.4f}. FLOPs are {budget.flops_per_param_and_token:.2f}·N·D "
+        f"{format_count(best.num_params)} parameters ({percent(level)}: {low} to {high}) and "
+        f"{format_count(best.num_tokens)} tokens, loss {best.loss:.4f}. "
+        f"FLOPs are {budget.flops_per_param_and_token:.2f}·N·D "
         f"({budget.lowest_ratio:.2f} to {budget.highest_ratio:.2f} over the points)."
     )
     return text + (" That is outside the points." if budget.is_extrapolated else "")

@@ -27,7 +27,7 @@ MARGIN = 1.5
 def plot_iso_flops(
     family: FamilyPoints, fit: ChinchillaFit, budget: Budget, path: str | os.PathLike[str]
 ) -> Path:
-    """A colour a budget: points, the law at these FLOPs, and a star where it is lowest.
+    """A colour a budget: points, the law at these FLOPs, a star where it is lowest, its interval.
 
     Written to ``path`` in the format of its suffix; errors are those of ``plot_losses``.
     """
@@ -69,4 +69,6 @@ def _draw_budget(
     axes.plot(places, fit.predict(places, flops / (ratio * places)), color=color, lw=1.4)
     axes.plot(params, losses, color=color, ls="", marker="o", ms=5, label=format_scientific(flops))
     best = fit.optimal_size(flops, flops_per_param_and_token=ratio)
+    ends = np.clip([best.num_params_low, best.num_params_high], places[0], places[-1])
+    axes.plot(ends, [best.loss, best.loss], color=color, lw=4, alpha=0.3)
     axes.plot(best.num_params, best.loss, color=color, marker="*", ms=11, mec="white")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ AXES = {"num_tokens": "tokens", "width": "width (inputs of the layer)"}
 """Settings that an axis can show, and what the axis says."""
 STYLES = {"-": "solid", ":": "dotted", "-.": "dash-dotted"}
 """Of lines that differ in the other setting."""
+MARKERS = ("o", "s", "^")
+"""Of cases, where these are more than the colours."""
 
 
 def plot_speed(records: Sequence[BenchmarkRecord], path: str | os.PathLike[str]) -> Path:
@@ -82,7 +85,9 @@ def axis_of(records: Sequence[BenchmarkRecord]) -> str | None:
 
 def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+    looks = case_looks(groups.values())
     figure = Figure(figsize=(11, 3.8 * len(groups)), layout="constrained")
     rows = figure.subplots(len(groups), 2, squeeze=False)
     for (latency, speedup), (key, records) in zip(rows, groups.items(), strict=True):
@@ -91,16 +96,26 @@ def _draw(groups: Mapping[tuple[str, ...], Sequence[BenchmarkRecord]]) -> Figure
         others = sorted({other_of(record, axis) for record in records})
         for style, other in zip(STYLES, others, strict=False):
             chosen = [record for record in records if other_of(record, axis) == other]
-            _draw_cases(latency, speedup, chosen, axis, style)
+            _draw_cases(latency, speedup, chosen, axis, style, looks)
         latency.set(ylabel="latency (ms)", yscale="log")
         latency.set_title(group_title(key, axis, others), loc="left")
         speedup.set(ylabel="speed-up over dense")
         speedup.axhline(1.0, color="#888888", lw=1)
         for axes in (latency, speedup):
             _finish(axes, axis)
-    handles, labels = rows[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6)
+    handles = [Line2D([], [], label=name, **look) for name, look in looks.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=6)
     return figure
+
+
+def case_looks(groups: Iterable[Sequence[BenchmarkRecord]]) -> dict[str, dict[str, Any]]:
+    """Case -> colour and marker, its own and the same in all panels and lines of a picture."""
+    cases = dict.fromkeys(name for records in groups for record in records for name in record.cases)
+    pairs = itertools.cycle(itertools.product(MARKERS, COLORS))
+    return {
+        name: {"color": color, "marker": marker, "ms": 3.5, "lw": 1.6}
+        for name, (marker, color) in zip(cases, pairs, strict=False)
+    }
 
 
 def group_title(key: Sequence[str], axis: str, others: Sequence[float]) -> str:
@@ -121,25 +136,27 @@ def other_of(record: BenchmarkRecord, axis: str) -> float:
 
 
 def _draw_cases(
-    latency: Axes, speedup: Axes, records: Sequence[BenchmarkRecord], axis: str, style: str
+    latency: Axes,
+    speedup: Axes,
+    records: Sequence[BenchmarkRecord],
+    axis: str,
+    style: str,
+    looks: Mapping[str, Mapping[str, Any]],
 ) -> None:
     ordered = sorted(records, key=lambda record: value_of(record, axis))
-    names = list(dict.fromkeys(name for record in ordered for name in record.cases))
-    for index, name in enumerate(names):
+    for name, look in looks.items():
         found = [record for record in ordered if name in record.cases]
+        if not found:
+            continue
         x = [value_of(record, axis) for record in found]
         cases = [record.cases[name] for record in found]
-        look: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "ls": style, "lw": 1.6}
-        label = name if style == "-" else None
-        latency.plot(
-            x, [case["median_ms"] for case in cases], marker="o", ms=3.5, label=label, **look
-        )
+        latency.plot(x, [case["median_ms"] for case in cases], ls=style, **look)
         low = [case["median_ms"] - case["spread_ms"] / 2 for case in cases]
         high = [case["median_ms"] + case["spread_ms"] / 2 for case in cases]
         latency.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
         ideals = [case["ideal_speedup"] for case in cases if case["ideal_speedup"] is not None]
         if len(ideals) == len(cases):
-            speedup.plot(x, [case["speedup"] for case in cases], marker="o", ms=3.5, **look)
+            speedup.plot(x, [case["speedup"] for case in cases], ls=style, **look)
             speedup.plot(x, ideals, color=look["color"], ls="--", lw=0.9)
 
 

@@ -192,9 +192,11 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
 
 
 def check_not_premerged(model: nn.Module) -> None:
-    """Raise ``ConfigError`` if layers of ``model`` keep merged copies."""
-    premerged = any(isinstance(module, PreMergedLinear) for module in model.modules())
-    check(not premerged, f"{type(model).__name__} has merged copies: unpremerge_ first")
+    """Raise ``ConfigError`` if structured layers of ``model`` keep merged or packed copies."""
+    kept = [module for module in model.modules() if isinstance(module, PreMergedLinear)]
+    merged = any(layer.policy.ever_merges for layer in kept)
+    check(not merged, f"{type(model).__name__} has merged copies: unpremerge_ first")
+    check(not kept, f"{type(model).__name__} has packed copies: unpack_ first")
 
 
 def _row(name: str, before: LinearModule, after: LinearModule) -> SwapRow:

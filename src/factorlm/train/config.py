@@ -228,8 +228,8 @@ class ParallelSection(Config):
     compile: bool = False
     """``torch.compile`` each decoder layer."""
     activation_checkpointing: bool | Literal["ffn"] = False
-    """Recompute each decoder layer in the backward pass; ``ffn``: only what is wide inside the
-    FFNs, from their rank-R activations, which are kept."""
+    """Recompute each decoder layer in the backward pass; ``ffn``: only what is inside the FFNs,
+    from the rank-R activations of low_rank, which are kept, and the whole products of blocks."""
     num_threads: int | None = None
     """CPU threads of a process; None leaves PyTorch's choice."""
     timeout_seconds: float = 120.0

@@ -1,8 +1,10 @@
 """Keep only the narrow activations of an FFN; the backward pass computes the wide ones again.
 
 An FFN's memory is its wide activations: what the up projection writes, and what the activation
-function makes of it. With structured weights both follow from the rank-R products before them, so
-only those are kept (R in place of 8 H values a token).
+function makes of it. With low_rank both follow from the rank-R products before them, so only those
+are kept (R in place of 8 H values a token). Products of blocks write into memory that is given, not
+into a result that could be kept: block_dense and block_shuffle keep nothing inside the FFN and
+compute their block products again.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import torch
 
 from factorlm import LowRankConfig, factorize_
 from factorlm.inference import Decoder, Sampling
-from factorlm.inference.graph import GraphSteps, capture
+from factorlm.inference.capture import capture
+from factorlm.inference.graph import GraphSteps
 from factorlm.testing.models import tiny_model
 
 pytestmark = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from factorlm.inference.graph import capture
+from factorlm.inference.capture import capture
 from factorlm.ops import low_rank as module
 from factorlm.ops.low_rank import low_rank
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
+from scipy.stats import f as f_distribution
 
 from factorlm.errors import ConfigError
 from factorlm.scaling import ChinchillaFit, FitWarning, fit_chinchilla
@@ -72,6 +74,54 @@ def test_the_optimal_size_is_the_minimum_of_the_law(exact: ChinchillaFit, flops:
     assert best.loss == pytest.approx(found.fun, rel=1e-9)
 
 
+@pytest.mark.slow
+def test_the_interval_of_the_optimal_size_covers_as_often_as_it_says(exact: ChinchillaFit) -> None:
+    rng = np.random.default_rng(3)
+    flops = 1e21
+    true = exact.optimal_size(flops).num_params
+    hits = 0
+    for _ in range(60):
+        fit = fit_chinchilla(
+            N, D, public_loss(N, D) * np.exp(rng.normal(0, 0.005, len(N))), level=0.9
+        )
+        best = fit.optimal_size(flops)
+        assert best.num_params_low < best.num_params < best.num_params_high
+        assert best.num_tokens_low == pytest.approx(flops / 6 / best.num_params_high)
+        assert best.num_tokens_high == pytest.approx(flops / 6 / best.num_params_low)
+        hits += best.num_params_low <= true <= best.num_params_high
+    assert 0.8 <= hits / 60 <= 0.98
+
+
+def test_the_interval_is_where_a_fit_held_there_is_as_much_worse_as_chance_allows() -> None:
+    """Against the same search by scipy's general minimiser, on the likelihood of normal noise."""
+    rng = np.random.default_rng(5)
+    loss = public_loss(N, D) * np.exp(np.clip(rng.normal(0, 0.005, len(N)), -0.008, 0.008))
+    fit, log_budget = fit_chinchilla(N, D, loss), math.log(1e21 / 6)
+    best = fit.optimal_size(1e21)
+
+    def squares(theta: np.ndarray, log_params: float | None) -> float:
+        """Of the residuals; with ``log_params``, A is what makes that the best size."""
+        E, log_A, log_B, alpha, beta = theta
+        if log_params is not None:
+            slope = math.log(beta) + log_B - beta * (log_budget - log_params)
+            log_A = slope - math.log(alpha) + alpha * log_params
+        law = E + np.exp(log_A - alpha * np.log(N)) + np.exp(log_B - beta * np.log(D))
+        return float(np.sum((np.log(law) - np.log(loss)) ** 2))
+
+    start = np.array([fit.E, math.log(fit.A), math.log(fit.B), fit.alpha, fit.beta])
+    least = squares(start, None)
+    threshold = f_distribution.ppf(0.95, 1, len(N) - 5)
+    for end in (best.num_params_low, best.num_params_high):
+        held = minimize(
+            squares,
+            start,
+            args=(math.log(end),),
+            method="Nelder-Mead",
+            options={"maxiter": 20_000, "maxfev": 20_000, "xatol": 1e-9, "fatol": 1e-14},
+        ).fun
+        assert (held / least - 1) * (len(N) - 5) == pytest.approx(threshold, rel=0.05)
+
+
 def test_gopher_should_have_been_smaller(exact: ChinchillaFit) -> None:
     """280B parameters on 300B tokens: the law puts a far smaller model below it."""
     best = exact.optimal_size(6 * 280e9 * 300e9)
@@ -86,7 +136,7 @@ def test_tokens_in_step_with_parameters_are_warned_of() -> None:
 
 
 def test_every_field_is_a_float_with_a_name(exact: ChinchillaFit) -> None:
-    assert all(type(value) is float for value in vars(exact).values())
+    assert all(type(getattr(exact, field.name)) is float for field in fields(exact))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,6 +16,8 @@ MAX_CORRELATION = 0.99
 """Of log N and log D: beyond it the two terms can stand in for each other."""
 FLOPS_PER_PARAM_AND_TOKEN = 6.0
 """Of training: two forward, four backward."""
+LEAST_EXPONENT = 1e-9
+"""For the logarithm of an exponent that a search has brought to 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,13 @@ class OptimalSize:
     """The model of lowest loss for a budget of training FLOPs."""
 
     num_params: float
+    num_params_low: float
+    num_params_high: float
+    """Interval by profile likelihood, of the fit's level; 0 to infinity where nothing bounds it."""
     num_tokens: float
+    num_tokens_low: float
+    num_tokens_high: float
+    """What the budget buys for the other end of the parameters' interval."""
     loss: float
     """In nats, by the law."""
 
@@ -62,6 +70,11 @@ class ChinchillaFit:
     """Points less five."""
     correlation: float
     """Of log N and log D over the points."""
+    fitted: InitVar[Fitted]
+
+    def __post_init__(self, fitted: Fitted) -> None:
+        """Keep what intervals of further quantities need, beside the fields."""
+        object.__setattr__(self, "_fitted", fitted)
 
     def predict(self, num_params: ArrayLike, num_tokens: ArrayLike) -> np.ndarray:
         """Loss in nats; the arguments broadcast."""
@@ -79,12 +92,21 @@ class ChinchillaFit:
         unless ``flops`` is finite and above 0.
         """
         check(bool(np.isfinite(flops)) and flops > 0, f"flops={flops:g} must be finite, above 0")
-        budget = np.log(flops / flops_per_param_and_token)
-        ratio = np.log(self.alpha * self.A) - np.log(self.beta * self.B)
-        log_params = (ratio + self.beta * budget) / (self.alpha + self.beta)
-        num_params, num_tokens = float(np.exp(log_params)), float(np.exp(budget - log_params))
-        loss = float(self.predict(num_params, num_tokens))
-        return OptimalSize(num_params=num_params, num_tokens=num_tokens, loss=loss)
+        log_budget = float(np.log(flops / flops_per_param_and_token))
+        fitted: Fitted = self._fitted  # type: ignore[attr-defined]
+        size = _log_best_size(fitted.law, log_budget)
+        logs = size.value(fitted.theta), *fitted.interval(size, self.level)
+        num_params, low, high = map(exp, logs)
+        num_tokens, most, least = (exp(log_budget - log) for log in logs)
+        return OptimalSize(
+            num_params=num_params,
+            num_params_low=low,
+            num_params_high=high,
+            num_tokens=num_tokens,
+            num_tokens_low=least,
+            num_tokens_high=most,
+            loss=float(self.predict(num_params, num_tokens)),
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -154,4 +176,30 @@ def _result(fitted: Fitted, level: float, correlation: float) -> ChinchillaFit:
         noise=fitted.noise,
         degrees_of_freedom=float(fitted.degrees_of_freedom),
         correlation=correlation,
+        fitted=fitted,
     )
+
+
+def _log_best_size(law: Law, log_budget: float) -> Quantity:
+    """log N of the lowest loss where log N + log D = ``log_budget``, solved for log a of N's term.
+
+    There αA·N^−α = βB·D^−β.
+    """
+
+    def log_slopes(theta: np.ndarray) -> tuple[float, float]:
+        """log(αA) less the part that has log a, and log(βB)."""
+        log_scales, exponents = theta[3:] * law.log_center, np.maximum(theta[3:], LEAST_EXPONENT)
+        of_params, of_tokens = log_scales + np.log(exponents)
+        return float(of_params), float(of_tokens + theta[2])
+
+    def value(theta: np.ndarray) -> float:
+        of_params, of_tokens = log_slopes(theta)
+        ratio = theta[1] + of_params - of_tokens
+        return float((ratio + theta[4] * log_budget) / max(theta[3] + theta[4], LEAST_EXPONENT))
+
+    def solve(theta: np.ndarray, log_params: float) -> float:
+        of_params, of_tokens = log_slopes(theta)
+        slope_of_tokens = of_tokens - theta[4] * (log_budget - log_params)
+        return float(slope_of_tokens - of_params + theta[3] * log_params)
+
+    return Quantity(value=value, index=1, solve=solve)
