@@ -26,6 +26,7 @@ DARK = {
     LOW_RANK: "#f0905a",
     BLOCK_SHUFFLE: "#3fc79d",
     BLOCK_DENSE: "#dc97bd",
+    COLORS[4]: "#e69f00",
 }
 """What a colour becomes on a dark page."""
 RC = STYLE | {

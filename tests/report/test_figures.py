@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import builtins
+import re
 import sys
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from factorlm.errors import ConfigError, StorageError
 from factorlm.records import EvalRecord, RunRecord, StepRecord
 from factorlm.report import RunSummary, figures, plot_losses
+from factorlm.report.figures import COLORS
 
 
 def summary(name: str, *, num_steps: int = 300, num_evals: int = 3, start: float = 9.0):
@@ -121,3 +124,9 @@ def test_flops_of_guided_steps_stretch_the_curve() -> None:
     np.testing.assert_allclose(
         curve.flops_at(np.array([10.0, 20.0, 25.0, 40.0])), [140, 280, 315, 420]
     )
+
+
+def test_the_page_has_the_colours_of_the_pictures() -> None:
+    css = (files("factorlm.report") / "assets" / "page.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--series-(\d): (#\w+)", css.split("@media")[0]))
+    assert light == {str(index): color.lower() for index, color in enumerate(COLORS)}

@@ -10,7 +10,7 @@ import pytest
 from tests.report.studies import ENTROPY, GAMMAS, write_grid, write_ladder, write_run
 
 from factorlm.errors import ConfigError, DataError
-from factorlm.report import gather
+from factorlm.report import fits_json, fits_text, gather
 from factorlm.report.analysis import entropy_range
 from factorlm.report.fits import StudyFits, base_of, fit_study
 from factorlm.report.points import study_of
@@ -89,6 +89,30 @@ def test_a_grid_gives_chinchillas_coefficients_and_the_best_size(tmp_path: Path)
     assert 6.6 * budget.best.num_params * budget.best.num_tokens == pytest.approx(1e17)
     assert not budget.is_extrapolated
     assert any("4 of 20 points that no cheaper one beats" in note for note in found.notes)
+
+
+def test_the_largest_model_of_a_grid_is_held_out(tmp_path: Path) -> None:
+    """The law gives it back where it holds, and is off where that model is another one's."""
+
+    def law(params: float, tokens: float, flops: float) -> float:
+        return 1.69 + 406.4 * params**-0.34 + 410.7 * tokens**-0.28
+
+    def bent(params: float, tokens: float, flops: float) -> float:
+        return law(params, tokens, flops) * (1.1 if params > 1e9 else 1.0)
+
+    for name, one, error in (("held", law, 0.0), ("bent", bent, 1 / 1.1 - 1)):
+        found = fits_of(write_grid(tmp_path / name, one, noise=1e-4))
+        held = found.chinchilla_held_out["dense"]
+        assert held.size == max(point.num_params for point in found.study.families["dense"].points)
+        assert held.size > 1e9
+        assert held.error == pytest.approx(error, abs=2e-3)
+        text = fits_text(found)
+        assert "most parameters" in text
+        assert f"{held.predicted:.4f}  {100 * held.error:+.2f} %" in text
+        assert fits_json(found)["chinchilla_held_out"]["dense"]["error"] == held.error
+    few = fits_of(write_ladder(tmp_path / "few"))
+    assert few.chinchilla_held_out == {}
+    assert "most parameters" not in fits_text(few)
 
 
 def test_a_budget_far_from_the_points_is_an_extrapolation(tmp_path: Path) -> None:

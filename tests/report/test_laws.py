@@ -64,6 +64,30 @@ def test_no_law_where_the_points_do_not_say(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_far_off_its_line_is_named(tmp_path: Path) -> None:
+    write_ladder(tmp_path, families=["dense"], noise=1e-4)
+    labels = {"ladder": "books", "family": "dense", "size": "w5", "stage": "main"}
+    options = {"num_params": 3e6, "num_tokens": 6e7, "flops": 6 * 3e6 * 6e7}
+    write_run(tmp_path, "diverged", **options, loss=9.0, seed=7, labels=labels)  # type: ignore[arg-type]
+    assert any(
+        note.startswith("dense: points over 5 standard") and ": 1 of 11." in note
+        for note in report_fits(gather([tmp_path])).notes
+    )
+
+
+def test_parts_that_do_not_add_up_are_said_to(tmp_path: Path) -> None:
+    """One family lacks a seed of its smallest size: the table's parts are of another difference."""
+    write_ladder(tmp_path, noise=0.02)
+    assert not any("are those of" in note for note in report_fits(gather([tmp_path])).notes)
+    (tmp_path / "dense-w1-s0.jsonl").unlink()
+    fits = report_fits(gather([tmp_path]))
+    row = fits.tables["Straight lines in log–log"].rows[1]
+    parts = float(row[6]) + float(row[7])
+    assert parts != pytest.approx(float(row[3]), abs=3e-4)
+    (note,) = (note for note in fits.notes if "are those of" in note)
+    assert float(note.split("are those of ")[1].split(",")[0]) == pytest.approx(parts, abs=1.5e-4)
+
+
 def test_losses_that_no_law_describes_are_drawn_without_complaint(tmp_path: Path) -> None:
     """Flat, rising and steep ones, and one that is not finite, still make a page."""
     losses = {"flat": [3.0, 3.0, 3.0], "rising": [3.0, 3.2, 3.5], "steep": [9.0, 2.0, 0.5]}

@@ -290,6 +290,37 @@ def test_scaling_speed_and_monitors(page: Path, study: Path, open_page: Opener) 
     assert share["y"] == [r.guide_alpha for r in monitors if r.type == "monitor"]
 
 
+def test_monitors_are_of_a_run_that_is_shown(
+    study: Path, write_run: Any, tmp_path: Path, open_page: Opener
+) -> None:
+    """Of the runs with monitors, those of the families and names that are chosen can be."""
+    other = write_run("other", structure={"structure": "dense"}, is_monitored=True)
+    tab = open_page(write_page(gather([study, other]), tmp_path / "report.html"))
+    select = tab.locator("#monitor-run")
+
+    def offered() -> list[str]:
+        found: list[str] = select.locator("option:enabled").all_inner_texts()
+        return found
+
+    def shown() -> str:
+        drawn(tab, "monitors")
+        return str(tab.locator("#monitors").get_attribute("aria-label"))
+
+    assert offered() == ["low", "other"]
+    assert shown().endswith("run low")
+    tab.locator("#filter").fill("other")
+    assert offered() == ["other"]
+    assert shown().endswith("run other")
+    tab.locator("#filter").fill("")
+    assert offered() == ["low", "other"]
+    assert shown().endswith("run other"), "what was chosen stays"
+    tab.locator("#none").click()
+    assert offered() == drawn(tab, "monitors") == []
+    assert shown() == "no run with monitors is shown"
+    tab.locator("#all").click()
+    assert shown().endswith("run low")
+
+
 def wait_for_label(tab: Any, text: str) -> None:
     """Plotly writes it some time after the event."""
     tab.wait_for_function(
@@ -393,6 +424,23 @@ def test_text_has_contrast_in_light_and_dark(page: Path, open_page: Opener, sche
         ink = luminance(tab.locator(selector).first.evaluate(f"(n) => getComputedStyle(n).{style}"))
         ratio = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
         assert ratio >= 4.5, selector
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_lines_have_contrast_in_light_and_dark(page: Path, open_page: Opener, scheme: str) -> None:
+    """Every colour of the series, and every shade of the monitors' depths: 3 by WCAG 2, 1.4.11."""
+    tab = open_page(page, color_scheme=scheme)
+    paper = luminance(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    light = tab.evaluate("css('--depth-light')")
+    lines = [
+        *tab.evaluate("readColors()"),
+        *(f"hsl({hue}, 70%, {light})" for hue in range(30, 211)),
+    ]
+    as_rgb = """(color) => { document.body.style.outlineColor = color;
+        return getComputedStyle(document.body).outlineColor; }"""
+    for line in lines:
+        ink = luminance(tab.evaluate(as_rgb, line))
+        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 3, line
 
 
 def test_the_charts_follow_when_the_scheme_changes(page: Path, open_page: Opener) -> None:

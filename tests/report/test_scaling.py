@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from factorlm.report.claims import claim_sentences
+from factorlm.report.claims import claim_sentences, split_notes
 from factorlm.report.scaling import (
     chance,
     entropy_table,
@@ -95,6 +96,28 @@ def test_a_clear_difference_is_said(base: str, verdict: str) -> None:
     assert first.endswith(f": {verdict}.")
     assert split.startswith("Of that, +0.0000 is the ratio of FLOPs") or "-0.0000 is" in split
     assert "the same for every shared entropy" in turning
+
+
+def test_the_parts_of_a_difference_are_said_of_what_they_add_up_to() -> None:
+    """Numbers as printed: with equal seeds the difference itself, else another, which is named."""
+    far = np.repeat([1.0, 1.01, 1.0], [1, 1, 8])  # one of the seeds of the smallest size
+    fewer = {name: (compute[:-1], (far * loss)[:-1]) for name, (compute, loss) in FAMILIES.items()}
+    for families, start in (
+        (fewer, "Of that, "),
+        (
+            fewer | {"dense": (COMPUTE[1:], FAMILIES["dense"][1][1:])},
+            "With sizes weighed alike in both",
+        ),
+    ):
+        comparison = compare_lines(families, "dense")["low_rank"]
+        difference, split, *_ = claim_sentences(comparison, math.nan)
+        assert split.startswith(start)
+        whole = re.findall(r"slopes differ by (\S+\d)", difference + split)[-1]
+        parts = re.findall(r"([+-]\S+) (?:is the ratio|the loss gap)", split)
+        assert sum(map(float, parts)) == pytest.approx(float(whole), abs=1.5e-4)
+        notes = split_notes(comparison)
+        assert len(notes) == (start != "Of that, ")
+        assert all(f"are those of {whole}, " in note for note in notes)
 
 
 def test_no_difference_is_said_too() -> None:

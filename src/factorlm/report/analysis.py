@@ -26,6 +26,7 @@ from factorlm.scaling import (
     slopes_over_entropy,
     turning_entropy,
 )
+from factorlm.scaling.fit.data import count_sizes
 
 MIN_SIZES_FOR_ENTROPY = 3
 """Of one family at least: fewer cannot tell E + A·C^−γ from a straight line."""
@@ -101,7 +102,7 @@ def entropy_range(families: Families) -> tuple[float, ...]:
 
 def most_sizes(families: Families) -> int:
     """Of the family with most."""
-    return max(len(np.unique(compute)) for compute, _ in families.values())
+    return max(count_sizes(compute) for compute, _ in families.values())
 
 
 def middle_loss(families: Families) -> float:
@@ -113,7 +114,7 @@ def middle_loss(families: Families) -> float:
 
 def _held_out(families: Families) -> dict[str, dict[str, HeldOut]]:
     """Of families with three sizes or more: two have to be left."""
-    enough = {name: p for name, p in families.items() if len(np.unique(p[0])) >= 3}
+    enough = {name: p for name, p in families.items() if count_sizes(p[0]) >= 3}
     if not enough:
         return {}
     found = {"straight line": {name: hold_out_largest(fit_line, *p) for name, p in enough.items()}}

@@ -7,6 +7,10 @@ import math
 from factorlm.report.scaling import between, chance, percent
 from factorlm.scaling import Comparison, PowerLawFit
 
+SHOWN = 5e-5
+"""Half of the last decimal that is printed of slopes."""
+UNEQUAL = "they do not have as many seeds at each size"
+
 
 def claim_sentences(comparison: Comparison, turning: float) -> list[str]:
     """On one family against another by straight lines; ``turning`` is the E where slopes swap."""
@@ -53,11 +57,34 @@ def _split_sentence(comparison: Comparison) -> list[str]:
     if split is None:
         return []
     interval = f"{percent(slopes.level)}: {between(split.gap_part_low, split.gap_part_high)}"
+    whole = "Of that"
+    if not _adds_up(comparison):
+        whole = (
+            f"With sizes weighed alike in both, as {UNEQUAL}, slopes differ by {split.total:+.4f}; "
+            "of that"
+        )
     return [
-        f"Of that, {split.flops_part:+.4f} is the ratio of FLOPs changing with size, which "
+        f"{whole}, {split.flops_part:+.4f} is the ratio of FLOPs changing with size, which "
         f"{comparison.base}'s very losses would show too, and {split.gap_part:+.4f} the loss gap "
         f"changing ({interval}; {_p_text(split.gap_p_value)})."
     ]
+
+
+def split_notes(comparison: Comparison) -> list[str]:
+    """What the parts of a slope difference are parts of, where it is not the difference itself."""
+    split = comparison.split
+    if split is None or _adds_up(comparison):
+        return []
+    return [
+        f"{comparison.other} less {comparison.base}: the parts by FLOPs and by loss gap are those "
+        f"of {split.total:+.4f}, with sizes weighed alike in both: {UNEQUAL}."
+    ]
+
+
+def _adds_up(comparison: Comparison) -> bool:
+    """False with other numbers of seeds in one family than in the other."""
+    split = comparison.split
+    return split is None or abs(split.total - comparison.slopes.difference) < SHOWN
 
 
 def _turning_sentence(comparison: Comparison, turning: float) -> str:

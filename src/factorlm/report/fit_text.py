@@ -102,11 +102,12 @@ def _sections(fits: StudyFits) -> Iterator[Section]:
     if found.laws:
         yield _entropy_section(fits)
     yield from _multiplier_sections(fits)
-    if found.held_out:
-        yield Section(
-            title="The largest size, predicted from the smaller ones",
-            tables=[held_out_table(found.held_out)],
-        )
+    tables = [held_out_table(found.held_out)] if found.held_out else []
+    if fits.chinchilla_held_out:
+        by_law = {"E + A·N^−α + B·D^−β": fits.chinchilla_held_out}
+        tables.append(held_out_table(by_law, "most parameters"))
+    if tables:
+        yield Section(title="The largest size, predicted from the smaller ones", tables=tables)
     yield _bootstrap_section(fits)
     if fits.chinchilla:
         yield _chinchilla_section(fits)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,16 @@ from factorlm.scaling import (
     ChinchillaFit,
     Comparison,
     FitWarning,
+    HeldOut,
     OptimalSize,
     bootstrap,
     fit_chinchilla,
     fit_line,
     fit_power_law,
+    hold_out_largest,
 )
 from factorlm.scaling.fit.chinchilla import MAX_CORRELATION
+from factorlm.scaling.fit.data import count_sizes, size_numbers
 from factorlm.scaling.fit.trust import MIN_SEEDS, MIN_SIZES
 
 BASE = "dense"
@@ -65,6 +68,9 @@ class StudyFits:
     """Of families in which parameters and tokens vary apart from each other."""
     budgets: dict[str, Budget]
     """Of the same families."""
+    chinchilla_held_out: dict[str, HeldOut]
+    """Family to its model of most parameters, by the law of the smaller ones, where these have one:
+    the mean over its numbers of tokens."""
     notes: tuple[str, ...]
     """What is not fitted, and what the points cannot tell, in plain sentences."""
 
@@ -94,6 +100,7 @@ def fit_study(
         bootstrap=_bootstraps(study, families, level),
         chinchilla=grids,
         budgets={name: _budget(study.families[name], fit, budget) for name, fit in grids.items()},
+        chinchilla_held_out=_held_out(study, grids),
         notes=(*notes, *_notes(study, families, analysis), *reasons),
     )
 
@@ -207,6 +214,19 @@ def _chinchilla_fits(study: Study, level: float) -> tuple[dict[str, ChinchillaFi
     return fits, notes
 
 
+def _held_out(study: Study, fitted: Iterable[str]) -> dict[str, HeldOut]:
+    found = {}
+    for name in fitted:
+        params, tokens, loss = _params_tokens_loss(study.families[name])
+        is_kept = size_numbers(params) < size_numbers(params).max()
+        columns = params[is_kept], tokens[is_kept], loss[is_kept]
+        if is_kept.any() and _why_no_chinchilla(study.families[name], *columns) is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FitWarning)
+                found[name] = hold_out_largest(fit_chinchilla, params, tokens, loss)
+    return found
+
+
 def _params_tokens_loss(family: FamilyPoints) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = [
         (point.num_params, point.num_tokens, loss)
@@ -224,7 +244,7 @@ def _why_no_chinchilla(
         return "each size is trained for one number of tokens, which goes with it"
     if len(loss) < MIN_CHINCHILLA_RUNS:
         return f"it has {len(loss)} runs, and its five parameters need {MIN_CHINCHILLA_RUNS}"
-    if min(len(np.unique(params)), len(np.unique(tokens))) < 2:
+    if min(count_sizes(params), count_sizes(tokens)) < 2:
         return "it has one size or one number of tokens"
     correlation = float(np.corrcoef(np.log(params), np.log(tokens))[0, 1])
     if abs(correlation) > MAX_CORRELATION:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from factorlm.report.analysis import middle_loss
+from factorlm.report.claims import split_notes
 from factorlm.report.fits import base_of, fitted_families, frontier_notes, honest_splits
 from factorlm.report.payload import ScalingCurve, ScalingFits
 from factorlm.report.points import Study, study_of
@@ -66,26 +67,32 @@ def report_fits(report: Report, *, level: float = 0.95) -> ScalingFits:
 
 def _fits(study: Study, families: Families, level: float) -> ScalingFits:
     base = base_of(families, None)
-    lines = {name: fit_line(*points, level=level) for name, points in families.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # the notes say it
+        lines = {name: fit_line(*points, level=level) for name, points in families.items()}
     curves = line_curves(families, lines)
+    remarks = [f"{name}: {text}." for name, line in lines.items() for text in line.warnings]
     if len(families) > MAX_COMPARED:
         tables = {LINES_TITLE: lines_table(lines, {}, base)}
         note = f"Over {MAX_COMPARED} families are not compared here: `factorlm scale fit` does it."
-        return ScalingFits(curves=curves, tables=tables, notes=(note,))
+        return ScalingFits(curves=curves, tables=tables, notes=(*remarks, note))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # the notes say it
         laws = fit_power_laws(families, level=level)
     compared = compare_lines(families, base, level=level) if len(families) > 1 else {}
-    tables = {LINES_TITLE: lines_table(lines, honest_splits(compared, base, study), base)}
+    compared = honest_splits(compared, base, study)
+    tables = {LINES_TITLE: lines_table(lines, compared, base)}
+    remarks += [note for comparison in compared.values() for note in split_notes(comparison)]
     notes = [
         f"{SHARED} is not drawn: {name}: {text}."
         for name, law in laws.items()
         for text in law.warnings
     ]
     if notes:
-        return ScalingFits(curves=curves, tables=tables, notes=notes)
+        return ScalingFits(curves=curves, tables=tables, notes=[*remarks, *notes])
     tables[SHARED] = gamma_table((), laws, middle_loss(families))
-    return ScalingFits(curves=[*shared_curves(families, laws, level), *curves], tables=tables)
+    curves = [*shared_curves(families, laws, level), *curves]
+    return ScalingFits(curves=curves, tables=tables, notes=remarks)
 
 
 def line_curves(families: Families, lines: Mapping[str, LineFit]) -> list[ScalingCurve]:

@@ -16,6 +16,7 @@ from factorlm.report.facts import data_notes, differences
 from factorlm.report.families import label_of
 from factorlm.report.reading import ReportRun
 from factorlm.report.tables import format_count
+from factorlm.scaling.fit.data import SAME_SIZE
 
 Count = Literal["executed_flops", "model_flops"]
 COUNTS: dict[Count, tuple[str, str]] = {
@@ -25,9 +26,8 @@ COUNTS: dict[Count, tuple[str, str]] = {
 """How FLOPs can be counted: the key in ``METRICS``, and in words."""
 MAIN, TUNE = "main", "tune"
 """Stages of a ladder's runs: those that are fitted, and those that only find a learning rate."""
-SAME = 1.05
-"""FLOPs, or tokens of a size, within so many times each other are one: steps round them, and a
-stochastic guide leaves seeds with slightly different ones."""
+SAME = SAME_SIZE
+"""FLOPs, or tokens of a size, within so many times each other are one."""
 MAX_NAMED = 4
 """Runs that one message names."""
 

@@ -119,10 +119,12 @@ def multiplier_table(comparison: Comparison) -> Table:
     return Table(header=header, rows=tuple(rows))
 
 
-def held_out_table(by_law: Mapping[str, Mapping[str, HeldOut]]) -> Table:
-    """A row a family: its largest size, and what each law makes of it from the smaller ones."""
+def held_out_table(
+    by_law: Mapping[str, Mapping[str, HeldOut]], size: str = "largest, FLOPs"
+) -> Table:
+    """A row a family: its largest ``size``, and what each law makes of it from the smaller ones."""
     laws = list(by_law)
-    header = ["family", "largest, FLOPs", "loss"]
+    header = ["family", size, "loss"]
     for law in laws:
         header += [law, "error"]
     rows = []

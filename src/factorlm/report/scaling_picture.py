@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from factorlm.report.figures import COLORS, save_picture
 from factorlm.report.payload import ScalingCurve
 from factorlm.report.scaling import Families, percent
 from factorlm.report.tables import format_power
-from factorlm.scaling import LineFit, SlopeDifference, fit_line
+from factorlm.scaling import FitWarning, LineFit, SlopeDifference, fit_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,9 @@ def plot_scaling(
     ``over`` is what ``slopes_over_entropy`` found. Written to ``path`` in the format of its suffix;
     errors are those of ``plot_losses`` and of ``fit_line``.
     """
-    lines = {name: fit_line(*points, level=level) for name, points in families.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # the text beside the picture says it
+        lines = {name: fit_line(*points, level=level) for name, points in families.items()}
     return save_picture(lambda: _draw(families, lines, over, base, laws, xlabel), path)
 
 

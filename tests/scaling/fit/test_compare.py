@@ -119,12 +119,67 @@ def test_split_adds_up_and_finds_a_constant_gap(
 
 def test_a_growing_saving_alone_makes_a_curve_steeper() -> None:
     """The base's very losses, at FLOPs that are a share falling with size."""
-    compute, loss = line(-0.05, 3.0, 2, noise=0.0)
-    cheaper = compute * (compute / 1e15) ** -0.04
-    found = compare_lines({"dense": (compute, loss), "cheap": (cheaper, loss)}, "dense")["cheap"]
+    dense = line(-0.05, 3.0, 2, noise=0.0)
+    found = compare_lines({"dense": dense, "cheap": cheaper(dense)}, "dense")["cheap"]
     assert found.split is not None
     assert found.split.flops_part == pytest.approx(-0.05 / 0.96 + 0.05, rel=1e-6)
     assert found.split.gap_part == pytest.approx(0, abs=1e-12)
+
+
+def with_seeds(family: Points, seeds: list[int]) -> Points:
+    """Of eight sizes with three seeds each, fewer."""
+    kept = np.concatenate([3 * size + np.arange(count) for size, count in enumerate(seeds)])
+    return family[0][kept], family[1][kept]
+
+
+def cheaper(family: Points) -> Points:
+    """At FLOPs that are a share falling with size."""
+    return family[0] * (family[0] / 1e15) ** -0.04, family[1]
+
+
+def test_split_adds_up_with_fewer_seeds_of_a_size() -> None:
+    """As many in both families: against regressions over the runs themselves."""
+    seeds = [3, 3, 3, 2, 3, 3, 3, 1]
+    base = with_seeds(line(-0.05, 3.0, 0), seeds)
+    other = with_seeds(cheaper(line(-0.055, 3.03, 1)), seeds)
+    found = compare_lines({"dense": base, "other": other}, "dense")["other"]
+    split = found.split
+    assert split is not None
+    assert split.total == pytest.approx(found.slopes.difference, rel=1e-5)
+    assert split.flops_part + split.gap_part == pytest.approx(split.total)
+    base_slope, moved_slope = (
+        scipy.stats.linregress(np.log(compute), np.log(base[1])).slope
+        for compute in (base[0], other[0])
+    )
+    assert split.flops_part == pytest.approx(moved_slope - base_slope, rel=1e-9)
+    assert abs(split.flops_part) > 1e-3
+
+
+def test_gaps_are_weighed_by_their_seeds() -> None:
+    """Against the weighted normal equations; a gap's variance is that of a run · (1/m + 1/n)."""
+    seeds, others = np.array([3, 3, 3, 3, 3, 3, 2, 1]), np.array([3, 3, 1, 3, 3, 3, 3, 3])
+    base = with_seeds(line(-0.05, 3.0, 0), list(seeds))
+    other = with_seeds(line(-0.055, 3.03, 1), list(others))
+    found = compare_lines({"dense": base, "other": other}, "dense", level=0.9)["other"]
+    split = found.split
+    assert split is not None
+    gaps = [
+        np.log(other[1][other[0] == compute]).mean() - np.log(base[1][base[0] == compute]).mean()
+        for compute in np.unique(base[0])
+    ]
+    root = 1 / np.sqrt(1 / seeds + 1 / others)
+    design = root[:, None] * np.stack([np.ones(8), np.log(np.unique(base[0]) / 1e17)], axis=1)
+    best, (squares,), *_ = np.linalg.lstsq(design, root * gaps, rcond=None)
+    error = math.sqrt(squares / 6 * np.linalg.inv(design.T @ design)[1, 1])
+    width = scipy.stats.t.ppf(0.95, 6) * error
+    assert split.gap_part == pytest.approx(best[1], rel=1e-6)
+    assert split.gap_part_low == pytest.approx(best[1] - width, rel=1e-6)
+    assert split.gap_part_high == pytest.approx(best[1] + width, rel=1e-6)
+    p_value = 2 * scipy.stats.t.sf(abs(best[1] / error), 6)
+    assert split.gap_p_value == pytest.approx(p_value, rel=1e-6)
+    assert split.flops_part == pytest.approx(0, abs=1e-12), "the same FLOPs"
+    assert split.total == pytest.approx(split.gap_part)
+    assert split.total != pytest.approx(found.slopes.difference, rel=1e-3)
 
 
 def test_no_split_without_pairs_of_sizes() -> None:

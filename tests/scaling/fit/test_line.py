@@ -57,6 +57,7 @@ def test_the_band_is_that_of_the_textbook() -> None:
     np.testing.assert_allclose(np.log(high), at @ best + width, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_slope_as_often_as_it_says() -> None:
     fits = [fit_line(COMPUTE, drawn(seed), level=0.9) for seed in range(300)]
     covered = np.mean([fit.slope_low <= SLOPE <= fit.slope_high for fit in fits])
@@ -68,6 +69,28 @@ def test_two_sizes_have_no_interval_and_say_so() -> None:
         fit = fit_line([1e18, 1e19], [3.0, 2.7])
     assert fit.slope == pytest.approx(math.log(2.7 / 3) / math.log(10))
     assert (fit.slope_low, fit.slope_high) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("place", [0, 12, 23])
+def test_a_run_that_went_wrong_is_said_to_move_the_slope(place: int) -> None:
+    """Huber's slope stays by that of the other points; 10 % are twenty standard deviations."""
+    loss = drawn(3)
+    others = fit_line(np.delete(COMPUTE, place), np.delete(loss, place))
+    loss[place] *= 1.1
+    with pytest.warns(
+        FitWarning, match="over 5 standard deviations off the line of the others: 1 of 24"
+    ):
+        fit = fit_line(COMPUTE, loss)
+    assert fit.robust_slope == pytest.approx(others.slope, abs=2 * others.slope_error)
+    assert f"the slope is {fit.robust_slope:.4f}, not {fit.slope:.4f}" in fit.warnings[0]
+    if place != 12:
+        assert abs(fit.slope - others.slope) > 3 * others.slope_error
+
+
+def test_noise_and_bends_are_no_runs_that_went_wrong() -> None:
+    bent = 1.5 + 2 * (COMPUTE / 1e15) ** -0.15
+    for loss in [bent, 1 / bent, *(drawn(seed) for seed in range(20))]:
+        assert fit_line(COMPUTE, loss).num_far == 0
 
 
 def test_a_loss_that_does_not_move_has_no_slope() -> None:

@@ -8,12 +8,14 @@ import pytest
 from factorlm.errors import ConfigError
 from factorlm.scaling import (
     bootstrap,
+    compare_lines,
     fit_chinchilla,
     fit_line,
     fit_power_law,
     hold_out_largest,
     hold_out_largest_of,
 )
+from factorlm.scaling.fit.data import size_numbers
 
 COMPUTE = np.repeat(np.geomspace(1e15, 1e19, 8), 3)
 LOSS = 1.7 + 2.0 * (COMPUTE / 1e15) ** -0.18
@@ -42,6 +44,38 @@ def test_the_largest_is_left_out_with_all_its_seeds() -> None:
     first, second = (hold_out_largest(fit_power_law, COMPUTE, one) for one in (loss, changed))
     assert first.predicted == second.predicted
     assert second.measured == pytest.approx(9.0)
+
+
+def test_seeds_of_nearly_equal_flops_are_one_size() -> None:
+    """As a stochastic guide leaves them: left out together, counted together, paired as one."""
+    spread = np.tile([1.0, 0.99, 1.02], 8)
+    compute, loss = COMPUTE * spread, noisy(0)
+    exact, near = (hold_out_largest(fit_line, one, loss) for one in (COMPUTE, compute))
+    assert near.size == pytest.approx(1.02e19)
+    assert near.measured == exact.measured, "all three seeds are left out"
+    assert near.predicted == pytest.approx(exact.predicted, rel=1e-3)
+    held = hold_out_largest_of({"a": (compute, loss), "b": (compute, loss)})
+    assert held["a"].measured == exact.measured
+    assert set(bootstrap(fit_line, compute, loss)) == {"slope", "intercept"}
+    for fit, sizes in ((fit_line, 1), (fit_power_law, 2)):
+        few = slice(3 * sizes)
+        with pytest.raises(ConfigError, match=rf"compute has {sizes} sizes.*within 1\.05 times"):
+            fit(compute[few], loss[few])
+    split = compare_lines({"a": (COMPUTE, loss), "b": (compute, LOSS)}, "a")["b"].split
+    assert split is not None
+    assert abs(split.flops_part) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        ([1.0], [0]),
+        ([4.0, 1.0, 2.0, 1.04, 4.1], [2, 0, 1, 0, 2]),
+        ([1.0, 1.04, 1.08, 1.12], [0, 0, 1, 1]),
+    ],
+)
+def test_a_size_is_what_is_near_its_least_value(values: list[float], numbers: list[int]) -> None:
+    assert size_numbers(np.array(values)).tolist() == numbers
 
 
 def test_with_a_shared_entropy_each_family_is_without_its_largest() -> None:

@@ -133,10 +133,13 @@ addChart("speed", () => {
 });
 
 const depth = (name) => Number((name.match(/\.(\d+)\./) || [0, 0])[1]);
+// What was recorded of the chosen run; nothing where no run with monitors is shown.
+const monitored = () => data.monitors.find((each) => String(each.run) === $("monitor-run").value);
 const ALPHA = "share of the guide, α";
 
 addChart("monitors", () => {
-  const found = data.monitors.find((each) => each.run === Number($("monitor-run").value));
+  const found = monitored();
+  if (!found) return { traces: [], layout: { xaxis: axis("step", false), yaxis: axis("", false) }, text: "no run with monitors is shown" };
   const label = $("monitor-panel").value;
   const panel = found.panels.find((each) => each.label === label);
   const depths = [...new Set(found.layers.map(depth))].sort((a, b) => a - b);

@@ -26,7 +26,18 @@ function refresh() {
   const shown = data.runs.map(isShown);
   for (const node of document.querySelectorAll("[data-run]")) node.hidden = !shown[node.dataset.run];
   $("shown").textContent = `${shown.filter(Boolean).length} of ${shown.length} runs`;
+  if (data.monitors.length) fillRuns();
   redraw();
+}
+
+// Runs with monitors that are shown; the chosen one stays where it is among them.
+function fillRuns() {
+  const select = $("monitor-run");
+  for (const option of select.options) option.disabled = option.hidden = !isShown(data.runs[option.value]);
+  if (select.selectedOptions[0]?.disabled ?? true) {
+    select.value = [...select.options].find((option) => !option.disabled)?.value ?? "";
+  }
+  fillPanels();
 }
 
 function checkAll(isChecked) {
@@ -38,9 +49,9 @@ function checkAll(isChecked) {
 function fillPanels() {
   const select = $("monitor-panel");
   const before = select.value;
-  const found = data.monitors.find((each) => each.run === Number($("monitor-run").value));
-  const labels = found.panels.map((panel) => panel.label);
-  if (found.alpha.some((share) => share !== null)) labels.push(ALPHA);
+  const found = monitored();
+  const labels = (found?.panels ?? []).map((panel) => panel.label);
+  if (found?.alpha.some((share) => share !== null)) labels.push(ALPHA);
   select.replaceChildren(...labels.map((label) => new Option(label)));
   if (labels.includes(before)) select.value = before;
 }

@@ -12,6 +12,10 @@ from numpy.typing import ArrayLike
 from factorlm.config import check
 from factorlm.errors import ConfigError
 
+SAME_SIZE = 1.05
+"""Values within so many times each other are one size: steps round FLOPs and tokens, and a
+stochastic guide leaves seeds with slightly different ones."""
+
 
 class ScipyMissingError(ConfigError):
     """Fits need the extra ``fit``."""
@@ -65,11 +69,35 @@ def _as_floats(name: str, values: ArrayLike) -> np.ndarray:
         raise ConfigError(f"{name}={values!r:.60} must be a list of numbers") from None
 
 
+def size_numbers(values: np.ndarray) -> np.ndarray:
+    """Which size each of ``values`` is, counted from 0 for the smallest; both (num_points,).
+
+    A size holds what is within ``SAME_SIZE`` times its least value: FLOPs of seeds of one model, or
+    its parameters.
+    """
+    known, owner = np.unique(values, return_inverse=True)
+    numbers = np.zeros(len(known), dtype=np.int64)
+    least, number = known[0], 0
+    for index, value in enumerate(known):
+        if value > SAME_SIZE * least:
+            least, number = value, number + 1
+        numbers[index] = number
+    return numbers[owner]
+
+
+def count_sizes(values: np.ndarray) -> int:
+    """How many sizes ``values`` (num_points,) has, which is not empty."""
+    return int(size_numbers(values).max()) + 1
+
+
 def check_sizes(name: str, values: np.ndarray, least: int, form: str) -> None:
-    """Raise ``ConfigError`` unless ``values`` has ``least`` different ones; runs with different
-    seeds have the same."""
-    count = len(np.unique(values))
-    check(count >= least, f"{name} has {count} sizes; {form} needs at least {least}")
+    """Raise ``ConfigError`` unless ``values`` has ``least`` sizes."""
+    count = count_sizes(values) if len(values) else 0
+    check(
+        count >= least,
+        f"{name} has {count} sizes; {form} needs at least {least} "
+        f"(values within {SAME_SIZE:g} times each other are one)",
+    )
 
 
 def check_level(level: float) -> None:

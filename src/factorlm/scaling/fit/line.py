@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from factorlm.scaling.fit.data import as_points, check_level, check_sizes, import_scipy, warn_user
+from factorlm.scaling.fit.solve import Fitted, Law
+
+FAR = 5.0
+"""Standard deviations from a line that a point hardly ever has by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class LineFit:
     """Geometric mean of the compute: where the line is known best, in FLOPs."""
     slope_error: float
     """Standard error of ``slope``."""
+    robust_slope: float
+    """By Huber's loss, which a run that went wrong moves little."""
+    num_far: float
+    """Points that are over ``FAR`` standard deviations, both by Huber's loss, from its line."""
 
     def predict(self, compute: ArrayLike) -> np.ndarray:
         """Loss at ``compute`` FLOPs, of the same shape."""
@@ -51,16 +59,25 @@ class LineFit:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the points cannot tell, in plain words."""
-        if self.degrees_of_freedom:
+        if not self.degrees_of_freedom:
+            return (
+                "two points have no spread about their line: nothing says how sure its slope is",
+            )
+        if not self.num_far:
             return ()
-        return ("two points have no spread about their line: nothing says how sure its slope is",)
+        return (
+            f"points over {FAR:g} standard deviations off the line of the others: {self.num_far:g} "
+            f"of {self.degrees_of_freedom + 2:g}. With less weight on such the slope is "
+            f"{self.robust_slope:.4f}, not {self.slope:.4f}, whose interval is not to be trusted",
+        )
 
 
 def fit_line(compute: ArrayLike, loss: ArrayLike, *, level: float = 0.95) -> LineFit:
     """Fit log(loss) to log(compute) by least squares.
 
     ``compute`` (num_points,) in FLOPs and ``loss`` (num_points,) in nats; runs of one size with
-    different seeds are points of their own. Raises ``ConfigError`` for fewer than two sizes and
+    different seeds are points of their own. Warns (``FitWarning``) of points far off the line of
+    the others. Raises ``ConfigError`` for fewer than two sizes and
     for values that are not finite and above 0.
     """
     compute, loss = as_points(compute=compute, loss=loss)
@@ -72,6 +89,7 @@ def fit_line(compute: ArrayLike, loss: ArrayLike, *, level: float = 0.95) -> Lin
     residuals = log_loss - line.intercept - line.slope * log_compute
     error = float(np.nan_to_num(line.stderr))  # NaN where all losses are equal
     width = t_quantile(level, degrees) * error if degrees else np.inf
+    robust_slope, num_far = _robust(log_compute, loss)
     fit = LineFit(
         slope=float(line.slope),
         slope_low=float(line.slope - width),
@@ -82,9 +100,19 @@ def fit_line(compute: ArrayLike, loss: ArrayLike, *, level: float = 0.95) -> Lin
         degrees_of_freedom=float(degrees),
         center_compute=float(np.exp(log_compute.mean())),
         slope_error=error,
+        robust_slope=robust_slope,
+        num_far=num_far,
     )
     warn_user(fit.warnings)
     return fit
+
+
+def _robust(log_compute: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
+    """Slope by Huber's loss, and how many points are far from its line."""
+    law = Law(log_compute[None], np.ones((1, len(loss))), loss, may_rise=True)
+    fitted = Fitted(law, E=0.0)
+    is_far = np.abs(law.residuals(fitted.theta)) > FAR * fitted.noise
+    return -float(fitted.theta[2]), float(np.sum(is_far)) if fitted.noise else 0.0
 
 
 def t_quantile(level: float, degrees_of_freedom: float) -> float:

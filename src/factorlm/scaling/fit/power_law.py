@@ -14,6 +14,7 @@ from factorlm.scaling.fit.data import (
     check_entropy,
     check_level,
     check_sizes,
+    count_sizes,
     warn_user,
 )
 from factorlm.scaling.fit.solve import MAX_EXPONENT, Fitted, Law, Quantity
@@ -129,7 +130,7 @@ def check_families(
         checked[name] = as_points(**columns)
         check_sizes(f"compute of {name}", checked[name][0], 2, "E + A·C^−γ")
     if E is None:
-        sizes = max(len(np.unique(compute)) for compute, _ in checked.values())
+        sizes = max(count_sizes(compute) for compute, _ in checked.values())
         check(sizes >= 3, f"no family has more than {sizes} sizes; a shared E needs one with 3")
     return checked
 

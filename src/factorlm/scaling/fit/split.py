@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from factorlm.scaling.fit.data import import_scipy
+from factorlm.scaling.fit.data import count_sizes, import_scipy, size_numbers
 from factorlm.scaling.fit.line import t_quantile
 
 
@@ -19,7 +19,8 @@ class SlopeSplit:
     """
 
     total: float
-    """The other family's slope less the base's."""
+    """The sum of both parts: the difference of the slopes where both families have equally many
+    seeds at each size. Where not, sizes are weighed otherwise than in the lines of the runs."""
     flops_part: float
     """Of the FLOP ratio: what the base's losses at the other's FLOPs would differ by."""
     gap_part: float
@@ -33,7 +34,7 @@ class SlopeSplit:
 
 def have_same_sizes(base: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> bool:
     """Whether both have as many sizes, so that they can be paired in order of compute."""
-    return len(np.unique(base[0])) == len(np.unique(other[0]))
+    return count_sizes(base[0]) == count_sizes(other[0])
 
 
 def split_slopes(
@@ -41,27 +42,50 @@ def split_slopes(
 ) -> SlopeSplit:
     """Split the slope difference of two families (compute, loss) with the same sizes.
 
-    Each size counts once, with the mean of log(loss) over its seeds.
+    Each size has the mean of log(loss) over its seeds, with the weight 1 / (1/m + 1/n) for m seeds
+    of one family and n of the other: the variance of its gap is so many times that of a run. Where
+    m and n are equal at every size, these are the slopes of the runs' own lines.
     """
-    linregress = import_scipy().stats.linregress
-    (base_compute, base_loss), (other_compute, other_loss) = _by_size(base), _by_size(other)
-    base_slope = linregress(base_compute, base_loss).slope
-    moved_slope = linregress(other_compute, base_loss).slope
-    gap = linregress(other_compute, other_loss - base_loss)
-    degrees = len(base_compute) - 2
-    width = t_quantile(level, degrees) * gap.stderr if degrees else np.inf
+    base_compute, base_loss, base_seeds = _by_size(base)
+    other_compute, other_loss, other_seeds = _by_size(other)
+    weights = base_seeds * other_seeds / (base_seeds + other_seeds)
+    base_slope, _ = _weighted_slope(base_compute, base_loss, weights)
+    moved_slope, _ = _weighted_slope(other_compute, base_loss, weights)
+    gap, error = _weighted_slope(other_compute, other_loss - base_loss, weights)
+    degrees = len(weights) - 2
+    width = t_quantile(level, degrees) * error if degrees else np.inf
     return SlopeSplit(
-        total=float(moved_slope - base_slope + gap.slope),
-        flops_part=float(moved_slope - base_slope),
-        gap_part=float(gap.slope),
-        gap_part_low=float(gap.slope - width),
-        gap_part_high=float(gap.slope + width),
-        gap_p_value=float(gap.pvalue) if degrees else float("nan"),
+        total=moved_slope - base_slope + gap,
+        flops_part=moved_slope - base_slope,
+        gap_part=gap,
+        gap_part_low=gap - width,
+        gap_part_high=gap + width,
+        gap_p_value=_chance(gap, error, degrees),
     )
 
 
-def _by_size(points: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """log(compute) and mean log(loss) of each size, ascending."""
-    compute, loss = points
-    sizes, owner = np.unique(compute, return_inverse=True)
-    return np.log(sizes), np.bincount(owner, weights=np.log(loss)) / np.bincount(owner)
+def _by_size(points: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of log(compute) and log(loss) and number of runs of each size, ascending."""
+    owner = size_numbers(points[0])
+    seeds = np.bincount(owner)
+    compute, loss = (np.bincount(owner, weights=np.log(column)) / seeds for column in points)
+    return compute, loss, seeds
+
+
+def _weighted_slope(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Of the weighted least-squares line, with its standard error: 0 for two points."""
+    x = x - np.average(x, weights=weights)
+    y = y - np.average(y, weights=weights)
+    spread = np.sum(weights * x**2)
+    slope = np.sum(weights * x * y) / spread
+    variance = np.sum(weights * (y - slope * x) ** 2) / max(len(x) - 2, 1)
+    return float(slope), float(np.sqrt(variance / spread))
+
+
+def _chance(slope: float, error: float, degrees: int) -> float:
+    """p-value of ``slope`` against 0; NaN without freedom."""
+    if not degrees:
+        return float("nan")
+    if error == 0:
+        return float(slope == 0)
+    return float(2 * import_scipy().stats.t.sf(abs(slope / error), degrees))

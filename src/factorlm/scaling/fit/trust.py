@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from factorlm.config import check
 from factorlm.errors import ConfigError
-from factorlm.scaling.fit.data import as_points, check_level, check_sizes
+from factorlm.scaling.fit.data import as_points, check_level, check_sizes, size_numbers
 from factorlm.scaling.fit.line import fit_line
 from factorlm.scaling.fit.power_law import Points, check_families, fit_power_law, fit_power_laws
 from factorlm.scaling.fit.solve import Fitted, Law
@@ -38,11 +38,12 @@ def hold_out_largest(fit: Callable[..., Any], *columns: ArrayLike) -> HeldOut:
     """Fit without the largest size and predict it.
 
     ``fit`` is ``fit_line``, ``fit_power_law`` or ``fit_chinchilla`` and ``columns`` its arguments,
-    the loss last; a size is a value of the first. Errors are those of ``fit``.
+    the loss last; a size is a value of the first, or several nearly equal ones.
+    Errors are those of ``fit``.
     """
     names = [f"column {number}" for number in range(1, len(columns))]
     *variables, loss = as_points(**dict(zip([*names, "loss"], columns, strict=True)))
-    is_last = variables[0] == variables[0].max()
+    is_last = _is_largest(variables[0])
     kept = [column[~is_last] for column in (*variables, loss)]
     check(len(kept[0]) > 0, "there is one size only; a held-out check needs more")
     law = fit(*kept)
@@ -54,7 +55,7 @@ def hold_out_largest_of(
 ) -> dict[str, HeldOut]:
     """As ``hold_out_largest``, with ``fit_power_laws``: every family is without its largest."""
     checked = check_families(families, E)
-    last = {name: compute == compute.max() for name, (compute, _) in checked.items()}
+    last = {name: _is_largest(compute) for name, (compute, _) in checked.items()}
     kept = {name: (c[~last[name]], loss[~last[name]]) for name, (c, loss) in checked.items()}
     fits = fit_power_laws(kept, E=E)
     return {
@@ -63,11 +64,17 @@ def hold_out_largest_of(
     }
 
 
+def _is_largest(values: np.ndarray) -> np.ndarray:
+    """Which of ``values`` are of the largest size, both (num_points,)."""
+    numbers = size_numbers(values)
+    return numbers == numbers.max()
+
+
 def _held_out(law: Any, variables: list[np.ndarray], loss: np.ndarray) -> HeldOut:
     predicted = float(np.exp(np.mean(np.log(law.predict(*variables)))))
     measured = float(np.exp(np.mean(np.log(loss))))
     return HeldOut(
-        size=float(variables[0][0]),
+        size=float(variables[0].max()),
         measured=measured,
         predicted=predicted,
         error=predicted / measured - 1,
@@ -93,7 +100,7 @@ def bootstrap(
     compute, loss = as_points(compute=compute, loss=loss)
     check_level(level)
     check_sizes("compute", compute, MIN_SIZES, "a bootstrap")
-    seeds = int(np.unique(compute, return_counts=True)[1].min())
+    seeds = int(np.bincount(size_numbers(compute)).min())
     check(seeds >= MIN_SEEDS, f"a size has {seeds} seeds; a bootstrap needs at least {MIN_SEEDS}")
     check(num_draws >= 100, f"num_draws={num_draws} must be at least 100")
     names, estimate, law = _estimator(fit, compute, loss)
