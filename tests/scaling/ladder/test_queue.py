@@ -222,6 +222,18 @@ def test_published_records_are_enough_and_thin(
     assert state.count(Status.DONE) == 6
 
 
+def test_what_was_done_before_is_published_too(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    """As after a first command without ``--records``, or one killed as a run ended."""
+    published, again = tmp_path / "published", Instant()
+    state, _ = run_queue(ladder(), tmp_path / "runs", Instant())
+    run_queue(ladder(), tmp_path / "runs", again, published)
+    assert again.names == []
+    names = sorted(path.stem for path in published.iterdir())
+    assert names == sorted(run.name for run in state.runs)
+
+
 def test_two_queues_do_not_share_a_folder(
     ladder: Callable[..., LadderFile], tmp_path: Path
 ) -> None:

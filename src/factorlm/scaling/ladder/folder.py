@@ -86,11 +86,12 @@ class LadderFolder:
         return {name: loss for name, loss in found.items() if loss is not None}
 
     def publish(self, run: LadderRun) -> None:
-        """Copy the records of a run that is done, with fewer steps, if they are published."""
-        target = self._published(run)
-        if target is None:
+        """Copy the records of a run that is done, with fewer steps, if they are to be published and
+        are not yet."""
+        target, source = self._published(run), self.path / run.name / RECORDS_FILE
+        if target is None or target.exists() or not source.exists():
             return
-        records = list(RecordFile(self.path / run.name / RECORDS_FILE))
+        records = list(RecordFile(source))
         steps = [record.step for record in records if isinstance(record, StepRecord)]
         kept = [record.to_json() for record in records if _is_kept(record, max(steps, default=0))]
         target.parent.mkdir(parents=True, exist_ok=True)

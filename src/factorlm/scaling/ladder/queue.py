@@ -184,7 +184,11 @@ class Queue:
             if not new:
                 return runs
             self._looked_for |= {(run.name, bool(run.waits_for)) for run in new}
-            self.losses |= self.folder.losses(new)
+            found = self.folder.losses(new)
+            for run in new:
+                if run.name in found:
+                    self.folder.publish(run)
+            self.losses |= found
 
     def _status(self, run: LadderRun) -> Status:
         if run.name in self.running:
