@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +129,45 @@ def test_wrong_sections(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         build_executor(section)
+
+
+class SmallRay(types.ModuleType):
+    """A Ray whose cluster has ``resources``."""
+
+    def __init__(self, resources: dict[str, float]) -> None:
+        super().__init__("ray")
+        self.resources, self.is_up = resources, False
+
+    def init(self, **options: object) -> None:
+        self.is_up = True
+
+    def shutdown(self) -> None:
+        self.is_up = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def remote(self, function: object) -> object:
+        return function
+
+
+def test_a_ray_cluster_without_room_is_refused_before_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = SmallRay({"CPU": 3.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ConfigError, match=r"threads=4, gpus=0: the Ray cluster has 3 CPUs and 0"):
+        build_executor(ExecutorSection(kind="ray", threads=4))
+    assert not ray.is_up
+
+
+def test_a_ray_cluster_that_shrinks_still_takes_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SmallRay({"CPU": 8.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    found = build_executor(ExecutorSection(kind="ray", threads=4))
+    assert found.slots == 2
+    ray.resources = {"CPU": 2.0}
+    assert found.slots == 1
 
 
 @pytest.mark.parametrize(("kind", "package"), [("ray", "ray"), ("slurm", "submitit")])

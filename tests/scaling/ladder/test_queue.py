@@ -1,4 +1,4 @@
-"""What the queue starts, tries again, and leaves out; runs end at once here."""
+"""What the queue starts, and what it leaves alone; runs end at once here."""
 
 from __future__ import annotations
 
@@ -9,105 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.scaling.ladder.instant import Instant, run_queue, run_records
 
 from factorlm.errors import ConfigError, StorageError
-from factorlm.records import EvalRecord, EventRecord, Record, RecordFile, RunRecord, StepRecord
-from factorlm.scaling.ladder.config import ExecutorSection, LadderFile
-from factorlm.scaling.ladder.executors import Executor, Handle, Job
+from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
+from factorlm.scaling.ladder.config import LadderFile
 from factorlm.scaling.ladder.folder import LadderFolder
 from factorlm.scaling.ladder.plan import Plan
-from factorlm.scaling.ladder.queue import Failure, Queue, State, Status
+from factorlm.scaling.ladder.queue import Queue
+from factorlm.scaling.ladder.state import State, Status
 from factorlm.storage import folder_lock
 
 TUNE = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
-
-
-def run_records(config: dict[str, object], loss: float, steps: int = 3) -> list[Record]:
-    """What a finished run leaves."""
-    run = RunRecord(
-        name=str(config["name"]),
-        config=config,
-        environment={},
-        num_params=1,
-        num_ffn_params=1,
-        num_non_embedding_params=1,
-        forward_flops_per_token=1.0,
-        training_flops=1.0,
-        num_steps=steps,
-        tokens_per_step=1,
-    )
-    done = [
-        StepRecord(step=step, num_tokens=step, loss=loss, learning_rate=1, grad_norm=1, step_ms=1)
-        for step in range(1, steps + 1)
-    ]
-    last = EvalRecord(
-        step=steps,
-        num_tokens=steps,
-        source="validation",
-        loss=loss,
-        perplexity=1,
-        bits_per_byte=None,
-        num_eval_tokens=1,
-        seconds=1,
-    )
-    return [run, *done, last, EventRecord(event="finished", step=steps)]
-
-
-class Done(Handle):
-    def __init__(self, code: int | None, stops: int | None = 75) -> None:
-        self.code, self.stops = code, stops
-
-    def poll(self) -> int | None:
-        return self.code
-
-    def stop(self) -> None:
-        self.code = self.stops if self.code is None else self.code
-
-
-class Instant(Executor):
-    """Writes the records of a finished run, or does as ``codes`` says for a name, in turn."""
-
-    def __init__(self, workers: int = 2, **codes: list[int | None]) -> None:
-        super().__init__(ExecutorSection(workers=workers))
-        self.codes = {name.replace("_", "-"): values for name, values in codes.items()}
-        self.jobs: list[Job] = []
-
-    @property
-    def slots(self) -> int:
-        return self.section.workers or 1
-
-    def submit(self, job: Job) -> Done:
-        self.jobs.append(job)
-        codes = self.codes.get(job.name, [])
-        code = codes.pop(0) if codes else 0
-        if code == 0:
-            config = yaml.safe_load(Path(job.command[4]).read_text())
-            path = Path(job.command[-1]) / job.name
-            path.mkdir(parents=True)
-            rate = config["optimizer"]["learning_rate"]
-            for record in run_records(config, loss=abs(rate - 2e-3) + 1):
-                RecordFile(path / "records.jsonl").append(record)
-        elif code is not None:
-            job.log.write_text(f"first line\n{job.name} went wrong\n")
-        return Done(code)
-
-    @property
-    def names(self) -> list[str]:
-        return [job.name for job in self.jobs]
-
-
-def run_queue(
-    file: LadderFile, path: Path, executor: Instant, records: Path | None = None
-) -> tuple[State, list[Failure]]:
-    failures: list[Failure] = []
-    queue = Queue(
-        Plan(file),
-        LadderFolder(path, records),
-        executor,
-        on_failure=failures.append,
-        poll_seconds=0.001,
-    )
-    return queue.run(), failures
 
 
 def test_everything_once_and_nothing_twice(
@@ -150,34 +63,6 @@ def test_at_most_so_many_at_a_time(ladder: Callable[..., LadderFile], tmp_path: 
     )
     queue.run()
     assert max(seen) == 2
-
-
-def test_a_failure_is_tried_once_more_and_stops_nothing(
-    ladder: Callable[..., LadderFile], tmp_path: Path
-) -> None:
-    executor = Instant(dense_a_s0=[8, 0], dense_b_s0=[8, 8])
-    state, failures = run_queue(ladder(), tmp_path / "runs", executor)
-    told = [(failure.run.name, failure.exit_code, failure.is_final) for failure in failures]
-    assert sorted(told) == [
-        ("dense-a-s0", 8, False),
-        ("dense-b-s0", 8, False),
-        ("dense-b-s0", 8, True),
-    ]
-    assert failures[0].last_lines.endswith("went wrong")
-    assert state.status["dense-b-s0"] is Status.FAILED
-    assert state.count(Status.DONE) == 5
-    later, _ = run_queue(ladder(), tmp_path / "runs", Instant())
-    assert later.count(Status.DONE) == 6
-
-
-def test_an_interrupted_run_goes_on_and_is_no_failure(
-    ladder: Callable[..., LadderFile], tmp_path: Path
-) -> None:
-    executor = Instant(dense_a_s0=[75, 75, 75])
-    state, failures = run_queue(ladder(), tmp_path / "runs", executor)
-    assert executor.names.count("dense-a-s0") == 4
-    assert state.count(Status.DONE) == 6
-    assert not failures
 
 
 def test_rates_are_tuned_first_and_then_used(

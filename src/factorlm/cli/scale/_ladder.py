@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from factorlm.scaling.ladder.config import LadderFile
-    from factorlm.scaling.ladder.queue import Failure, State
+    from factorlm.scaling.ladder.state import Failure, State
 
 
 def add_ladder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ class Display(AbstractContextManager["Display"]):
         again = "it is left out" if failure.is_final else "it is tried once more"
         self.console.print(
             f"{failure.run.name} failed with exit code {failure.exit_code}; {again}. "
-            f"The end of {failure.log}:\n{failure.last_lines}",
+            f"The end of {failure.log}:\n{failure.reason}",
             style="red",
             markup=False,
             highlight=False,
@@ -106,7 +106,7 @@ class Display(AbstractContextManager["Display"]):
     def _table(self, state: State) -> Table:
         from rich.table import Table
 
-        from factorlm.scaling.ladder.queue import Status
+        from factorlm.scaling.ladder.state import Status
 
         counts = ", ".join(
             f"{count} {status.value}" for status in Status if (count := state.count(status))

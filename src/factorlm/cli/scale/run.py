@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from factorlm.cli.scale._ladder import Display, add_ladder_arguments, read_ladder, warn
 
 if TYPE_CHECKING:
-    from factorlm.scaling.ladder.queue import State
+    from factorlm.scaling.ladder.state import State
 
 HELP = "train what a ladder lacks; stopped or killed, the same command goes on"
 EPILOG = """\
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 def _finish(state: State, *, was_stopped: bool) -> int:
     """Say what became of the ladder; the exit code."""
     from factorlm.errors import FactorlmError, InterruptedRun
-    from factorlm.scaling.ladder.queue import Status
+    from factorlm.scaling.ladder.state import Status
 
     counts = ", ".join(
         f"{count} {status.value}" for status in Status if (count := state.count(status))

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from factorlm.errors import ConfigError, InterruptedRun
+from factorlm.errors import ConfigError, DataError, InterruptedRun
 from factorlm.measure import environment
 from factorlm.records import RECORDS_FILE, RecordFile, RunRecord, StepRecord
 from factorlm.scaling.ladder.config import LadderFile
 from factorlm.scaling.ladder.executors import Executor
 from factorlm.scaling.ladder.folder import LadderFolder
 from factorlm.scaling.ladder.plan import LadderRun, Plan
-from factorlm.scaling.ladder.queue import Failure, Queue, State
+from factorlm.scaling.ladder.queue import Queue
+from factorlm.scaling.ladder.state import Failure, State
 from factorlm.train.config import TrainConfig
 
 WARM_UP = 2
@@ -90,7 +91,7 @@ def calibrate(
         found = failures[-1]
         raise ConfigError(
             f"calibration of {found.run.name} failed (exit code {found.exit_code}); the end of "
-            f"{found.log}:\n{found.last_lines}"
+            f"{found.log}:\n{found.reason}"
         )
     done = [run for run in plan.few if (folder.path / run.name / RECORDS_FILE).exists()]
     return {(run.family, run.size): _speed(folder, run) for run in done}
@@ -103,7 +104,7 @@ def _is_current(folder: LadderFolder, run: LadderRun, is_here: bool) -> bool:
         return False
     try:
         folder.loss(run)
-    except ConfigError:
+    except (ConfigError, DataError):
         return False
     now = environment()
     then = [record.environment for record in RecordFile(path) if isinstance(record, RunRecord)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from factorlm.errors import ConfigError
+from factorlm.errors import DataError
 from factorlm.records import (
     RECORDS_FILE,
     EvalRecord,
@@ -68,7 +68,8 @@ class LadderFolder:
         """The last validation loss of a run that is done; None if it is not.
 
         Raises ``ConfigError`` naming the fields that differ if what is there is another run, done
-        or not. A provisional rate is not compared.
+        or not, ``DataError`` if its records are damaged or end without an evaluation. A provisional
+        rate is not compared.
         """
         for path in (self.path / run.name / RECORDS_FILE, self._published(run)):
             if path is None or not path.exists():
@@ -146,7 +147,7 @@ def _done(path: Path) -> tuple[Mapping[str, object] | None, float | None]:
         elif isinstance(record, EventRecord):
             finished = finished or record.event == "finished"
     if finished and loss is None:
-        raise ConfigError(f"{path}: the run is finished without an evaluation")
+        raise DataError(f"{path}: the run is finished without an evaluation")
     return config, loss if finished and loss is not None and math.isfinite(loss) else None
 
 
