@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.scaling.ladder.instant import Instant, run_queue, run_records
+from tests.scaling.ladder.instant import Done, Instant, append, run_queue, run_records
 
 from factorlm.errors import ConfigError, StorageError
 from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
 from factorlm.scaling.ladder.config import LadderFile
+from factorlm.scaling.ladder.executors import Job
 from factorlm.scaling.ladder.folder import LadderFolder
 from factorlm.scaling.ladder.plan import Plan
 from factorlm.scaling.ladder.queue import Queue
-from factorlm.scaling.ladder.state import State, Status
+from factorlm.scaling.ladder.state import Failure, State, Status
 from factorlm.storage import folder_lock
 
 TUNE = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
@@ -169,4 +170,62 @@ def test_a_run_that_is_under_way_is_waited_for(
     state = Queue(Plan(file), folder, executor, on_state=watch, poll_seconds=0.001).run()
     assert turns[:5] == [Status.RUNNING] * 5
     assert run.name not in executor.names
+    assert state.count(Status.DONE) == 6
+
+
+def test_a_run_that_another_process_took_first_is_waited_for(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    """As after a queue was killed while its process was still starting."""
+    folder = LadderFolder(tmp_path / "runs")
+    run = Plan(ladder()).runs({})[0]
+    held = folder_lock(folder.path / run.name, owner="factorlm train")
+    turns: list[Status] = []
+
+    class Late(Instant):
+        def submit(self, job: Job) -> Done:
+            if job.name == run.name:
+                held.__enter__()
+                self.jobs.append(job)
+                return Done(6)
+            return super().submit(job)
+
+    def watch(state: State) -> None:
+        turns.append(state.status[run.name])
+        if len(turns) == 5:
+            append(folder.path / run.name, run_records(run.config.to_dict(), 1.0))
+            held.__exit__(None, None, None)
+
+    executor = Late()
+    failures: list[Failure] = []
+    queue = Queue(
+        Plan(ladder()),
+        folder,
+        executor,
+        on_state=watch,
+        on_failure=failures.append,
+        poll_seconds=0.001,
+    )
+    state = queue.run()
+    assert turns[:5] == [Status.RUNNING] * 5
+    assert executor.names.count(run.name) == 1
+    assert not failures
+    assert state.count(Status.DONE) == 6
+
+
+def test_what_an_executor_finds_again_is_not_submitted_twice(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    class Finding(Instant):
+        def find(self, job: Job) -> Done | None:
+            return self.submit(job) if job.name == "low_rank-b-s0" else None
+
+    first = LadderFolder(tmp_path / "runs")
+    first.path.mkdir()
+    for run in Plan(ladder()).runs({}):
+        first.write_recipe(run)
+    executor = Finding()
+    state, _ = run_queue(ladder(), tmp_path / "runs", executor)
+    assert executor.names[0] == "low_rank-b-s0"
+    assert executor.names.count("low_rank-b-s0") == 1
     assert state.count(Status.DONE) == 6

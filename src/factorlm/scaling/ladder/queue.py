@@ -104,6 +104,10 @@ class Queue:
         for run in self._runs():
             if self.folder.holder(run) is not None:
                 self.running[run.name] = run, Orphan(self.folder, run)
+            elif self._status(run) is Status.READY:
+                found = self.executor.find(self._job(run))
+                if found is not None:
+                    self.running[run.name] = run, found
 
     def _turn(self) -> State:
         """Take in what ended, start what may start, and say how things are."""
@@ -129,6 +133,7 @@ class Queue:
         self.starts[run.name] += 1
         self.steps[run.name] = self._step(run)
         try:
+            self.folder.write_recipe(run)
             handle = self.executor.submit(self._job(run))
         except ConfigError:
             raise
@@ -182,7 +187,10 @@ class Queue:
                 continue
             del self.running[name]
             self._look(run)
-            if name in self.losses or self.stopping:
+            if code and self.folder.holder(run) is not None:
+                # an earlier queue's process was still starting when this one looked for it
+                self.running[name] = run, Orphan(self.folder, run)
+            if name in self.running or name in self.losses or self.stopping:
                 continue
             # interrupted before its first new step is no way to get to the end
             if code != INTERRUPTED or self.steps.get(name) == self._step(run):
@@ -202,7 +210,7 @@ class Queue:
         return 0 if found is None else found.step
 
     def _job(self, run: LadderRun) -> Job:
-        recipe = self.folder.write_recipe(run)
+        recipe = self.folder.recipe(run)
         command = [sys.executable, "-m", "factorlm", "train", str(recipe.resolve())]
         threads = str(self.executor.section.threads)
         return Job(

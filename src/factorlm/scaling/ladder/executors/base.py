@@ -67,6 +67,11 @@ class Executor(ABC):
     def submit(self, job: Job) -> Handle:
         """Start a job, or queue it where the cluster is busy."""
 
+    def find(self, job: Job) -> Handle | None:
+        """The same job as an earlier executor submitted it, if it still waits or runs and can be
+        found. (A run that holds its folder is found by that.)"""
+        return None
+
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Let go of the cluster."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from factorlm.errors import ConfigError
@@ -64,11 +65,33 @@ class SlurmExecutor(Executor):
         if cluster == "slurm":
             parameters["cpus_per_task"] = self.section.threads
         try:
-            executor = self.submitit.AutoExecutor(
-                folder=job.log.parent / "slurm" / "%j", cluster=cluster
-            )
+            executor = self.submitit.AutoExecutor(folder=_folder(job), cluster=cluster)
             executor.update_parameters(**(parameters | options))
         except (RuntimeError, TypeError, ValueError, NameError) as error:
             raise ConfigError(f"executor.options={self.section.options}: {error}") from None
         submitted = executor.submit(run_job, job)
+        if cluster == "slurm":
+            _note(job).write_text(f"{submitted.job_id}\n")
+        return self._handle(submitted, job)
+
+    def find(self, job: Job) -> SlurmJob | None:
+        """By the id beside the job's log, if Slurm says that it waits or runs."""
+        if not _note(job).exists():
+            return None
+        job_id = _note(job).read_text().strip()
+        submitted = self.submitit.SlurmJob(folder=_folder(job), job_id=job_id)
+        if submitted.done(force_check=True) or submitted.state == "UNKNOWN":
+            return None
+        return self._handle(submitted, job)
+
+    def _handle(self, submitted: Any, job: Job) -> SlurmJob:
         return SlurmJob(submitted, job, self.submitit.core.utils.UncompletedJobError)
+
+
+def _folder(job: Job) -> Path:
+    return job.log.parent / "slurm" / "%j"
+
+
+def _note(job: Job) -> Path:
+    """Has the id of the job that was submitted last."""
+    return job.log.with_suffix(".slurm")
