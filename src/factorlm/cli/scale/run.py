@@ -37,13 +37,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from factorlm.scaling.ladder.queue import Queue
 
     file = read_ladder(args)
-    plan = Plan(file)
     folder = LadderFolder(args.runs_dir / file.ladder.name, args.records)
-    runs, _ = plan.known(folder.losses)
-    num_steps = {run.name: plan.describe(run).plan.num_steps for run in runs}
-    with build_executor(file.ladder.executor) as executor, Display(num_steps) as display:
+    with build_executor(file.ladder.executor) as executor, Display() as display:
         queue = Queue(
-            plan, folder, executor, on_state=display.show, on_failure=display.show_failure
+            Plan(file), folder, executor, on_state=display.show, on_failure=display.show_failure
         )
         state = queue.run()
     return _finish(state, was_stopped=queue.was_stopped)

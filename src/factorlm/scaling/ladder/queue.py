@@ -115,10 +115,15 @@ class Queue:
         runs = self._runs()
         self._start(runs)
         status = {run.name: self._status(run) for run in runs}
-        found = {run.name: self.folder.progress(run) for run, _ in self.running.values()}
-        progress = {name: value for name, value in found.items() if value is not None}
-        done = {name: loss for name, loss in self.losses.items() if math.isfinite(loss)}
-        return State(runs, status, done, progress)
+        running = [run for run, _ in self.running.values()]
+        found = {run.name: self.folder.progress(run) for run in running}
+        return State(
+            runs=runs,
+            status=status,
+            losses={name: loss for name, loss in self.losses.items() if math.isfinite(loss)},
+            progress={name: value for name, value in found.items() if value is not None},
+            num_steps={run.name: self.plan.describe(run).plan.num_steps for run in running},
+        )
 
     def _start(self, runs: list[LadderRun]) -> None:
         """What may start, in the plan's order, but behind the others what was started before."""

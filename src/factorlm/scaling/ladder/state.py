@@ -43,6 +43,8 @@ class State:
     """Of those that are done."""
     progress: dict[str, Progress]
     """Of those that run."""
+    num_steps: dict[str, int]
+    """That those which run take in all."""
 
     def count(self, status: Status) -> int:
         """Runs of this status."""

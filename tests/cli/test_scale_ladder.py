@@ -1,0 +1,93 @@
+"""What ``scale plan`` and ``scale run`` show of a queue: lines, a live table, the last word."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from factorlm.cli.scale import _ladder
+from factorlm.cli.scale._ladder import Display
+from factorlm.scaling.ladder.folder import Progress
+from factorlm.scaling.ladder.state import State, Status
+
+
+def state(status: dict[str, Status], step: int | None = None, **losses: float) -> State:
+    """Of runs of 1,000 steps; those that run are at ``step``."""
+    running = [name for name, value in status.items() if value is Status.RUNNING]
+    return State(
+        runs=[],
+        status=status,
+        losses=losses,
+        progress={} if step is None else {name: Progress(step, 4.25) for name in running},
+        num_steps=dict.fromkeys(running, 1000),
+    )
+
+
+class Clock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def strftime(self, form: str) -> str:
+        return "12:00:00"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(_ladder, "time", found)
+    return found
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rich sees it, 100 characters wide."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """The lines that were drawn last, by their columns, without the terminal's codes."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_the_table_has_what_runs_and_how_long_it_will(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = {"a": Status.RUNNING, "b": Status.READY, "c": Status.WAITING, "d": Status.DONE}
+    with Display() as display:
+        display.show(state(status))
+        display.live.refresh()
+        assert ["a", "starts", "1,000"] in rows(capsys)
+        display.show(state(status, step=100))
+        display.live.refresh()
+        assert ["a", "100", "1,000", "4.2500"] in rows(capsys)
+        clock.seconds += 30
+        display.show(state(status, step=400))
+        display.live.refresh()
+        drawn = rows(capsys)
+        assert ["1 waits for its rate, 1 to run, 1 running, 1 done"] in drawn
+        assert ["run", "step", "of", "training loss", "left"] in drawn
+        assert ["a", "400", "1,000", "4.2500", "1:00 min"] in drawn
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("steps", [[150, 100], [100, None, 100]])
+def test_a_run_that_went_back_or_paused_is_timed_anew(
+    steps: list[int | None], clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Display() as display:
+        for step in steps:
+            display.show(state({"a": Status.READY if step is None else Status.RUNNING}, step))
+            clock.seconds += 1000
+        clock.seconds -= 990
+        display.show(state({"a": Status.RUNNING}, step=200))
+        display.live.refresh()
+        assert rows(capsys)[-1] == ["a", "200", "1,000", "4.2500", "1:20 min"]
