@@ -17,7 +17,11 @@ import pytest
 import yaml
 
 from factorlm.cli.main import main
+from factorlm.data import open_dataset
 from factorlm.records import EvalRecord, RecordFile, RunRecord, StepRecord
+from factorlm.scaling.ladder import load_ladder
+from factorlm.scaling.ladder.plan import Plan
+from factorlm.scaling.ladder.prediction import num_eval_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +42,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "guide": {"variant": "none"},
         "data": {"path": data, "context_length": 32},
         "batch": {"num_sequences": 8, "num_steps": STEPS},
-        "eval": {"num_tokens": 256, "final_num_tokens": 256},
+        "eval": {"every_steps": 15, "num_tokens": 256, "final_num_tokens": 512},
         "checkpoint": {"every_steps": 10},
         "parallel": {"precision": "fp32", "device": "cpu"},
     }
@@ -121,6 +125,14 @@ def test_the_plan_counts_and_predicts(
     assert main(plan) == 0
     assert "4 runs, 4 of them to run" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in calibrated] == times
+
+
+def test_the_tokens_that_it_expects_to_be_evaluated_are(ladder: Path, undisturbed: Path) -> None:
+    for run in Plan(load_ladder(ladder)).runs({}):
+        records = RecordFile(undisturbed / run.name / "records.jsonl")
+        done = sum(r.num_eval_tokens for r in records if isinstance(r, EvalRecord))
+        split = open_dataset(run.config.data.path).split("validation").num_tokens
+        assert num_eval_tokens(run.config, STEPS, split) == done == 3 * 256 + 512
 
 
 def test_a_run_is_the_one_that_factorlm_train_makes(

@@ -23,7 +23,8 @@ def plan_summary(prediction: Prediction) -> str:
     flops = format_scientific(sum(run.executed_training_flops for run in left))
     text = f"{len(prediction.runs)} runs, {len(left)} of them to run: {flops} FLOPs executed"
     if prediction.hours_left is not None:
-        text += f", about {prediction.hours_left:.2f} hours, {prediction.workers} at a time"
+        text += f", about {prediction.hours_left:.2f} hours with evaluations, "
+        text += f"{prediction.workers} at a time"
     waiting = sum(run.learning_rate is None for run in left)
     if waiting:
         text += f"; {waiting} wait for a tuned rate, and a grid grows until its best is inside"
