@@ -97,10 +97,11 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_executor(ExecutorSection(workers=5, threads=2)).slots == 5
 
 
-def test_a_gpu_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [None, 1])
+def test_a_gpu_a_run(gpus: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
-    found = build_executor(ExecutorSection(gpus=1))
+    found = build_executor(ExecutorSection(gpus=gpus))
     assert found.slots == 2
     code = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
     first, second = (found.submit(job(tmp_path, code, name)) for name in "ab")
@@ -113,6 +114,28 @@ def test_a_gpu_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for handle in (second, third):
         handle.stop()
         ended(handle)
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(0, 2), (None, 0)])
+def test_runs_on_the_cpu_see_no_gpu(
+    gpus: int | None, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("factorlm.scaling.ladder.executors.local.num_cpu_cores", lambda: 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    found = build_executor(ExecutorSection(gpus=gpus))
+    assert found.slots == 7
+    code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    assert ended(found.submit(job(tmp_path, code))) == 0
+    assert (tmp_path / "job.log").read_text() == "''\n"
+
+
+@pytest.mark.parametrize(("gpus", "slots"), [(None, 2), (1, 2), (0, 8)])
+def test_a_gpu_of_a_ray_cluster_a_run(
+    gpus: int | None, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SmallRay({"CPU": 8.0, "GPU": 2.0}))
+    assert build_executor(ExecutorSection(kind="ray", gpus=gpus)).slots == slots
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,9 @@ def forgotten() -> None:
     submitit.SlurmJob.watcher.clear()
 
 
-def executor() -> Executor:
-    return build_executor(ExecutorSection(kind="slurm", threads=2, options={"timeout_min": 7}))
+def executor(gpus: int | None = None) -> Executor:
+    options = {"timeout_min": 7}
+    return build_executor(ExecutorSection(kind="slurm", threads=2, gpus=gpus, options=options))
 
 
 def test_a_job_asks_for_what_a_run_needs(cluster: Cluster) -> None:
@@ -81,6 +82,14 @@ def test_a_job_asks_for_what_a_run_needs(cluster: Cluster) -> None:
         assert f"#SBATCH {line}\n" in script
     cluster.finish(75)
     assert handle.poll() == 75
+
+
+@pytest.mark.parametrize("gpus", [None, 0, 1])
+def test_a_job_asks_for_gpus_if_it_is_told_to(cluster: Cluster, gpus: int | None) -> None:
+    executor(gpus).submit(cluster.job)
+    script = (cluster.folder / "slurm/42/42_submission.sh").read_text()
+    assert ("#SBATCH --gpus-per-node" in script) == (gpus is not None)
+    assert (f"--gpus-per-node={gpus}\n" in script) == (gpus is not None)
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])

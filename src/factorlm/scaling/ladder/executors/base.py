@@ -10,7 +10,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from factorlm.config import check
@@ -38,6 +38,11 @@ class Job:
     """Once it is there, the process is told to end."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Over the environment."""
+
+
+def on_gpu(job: Job, gpu: str) -> Job:
+    """The job on that GPU alone, as ``CUDA_VISIBLE_DEVICES`` names it; on none if it is empty."""
+    return replace(job, env={**job.env, "CUDA_VISIBLE_DEVICES": gpu})
 
 
 class Handle(ABC):

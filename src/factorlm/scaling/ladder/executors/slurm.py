@@ -7,7 +7,7 @@ from typing import Any
 
 from factorlm.errors import ConfigError
 from factorlm.scaling.ladder.config import ExecutorSection
-from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, run_job
+from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, on_gpu, run_job
 
 DEFAULT_WORKERS = 16
 
@@ -61,7 +61,8 @@ class SlurmExecutor(Executor):
         options = {"timeout_min": 24 * 60} | self.section.options
         cluster = options.pop("cluster", "slurm")
         parameters = {"name": job.name, "tasks_per_node": 1, "nodes": 1}
-        parameters |= {"gpus_per_node": self.section.gpus}
+        if self.section.gpus is not None:
+            parameters["gpus_per_node"] = self.section.gpus
         if cluster == "slurm":
             parameters["cpus_per_task"] = self.section.threads
         try:
@@ -69,6 +70,7 @@ class SlurmExecutor(Executor):
             executor.update_parameters(**(parameters | options))
         except (RuntimeError, TypeError, ValueError, NameError) as error:
             raise ConfigError(f"executor.options={self.section.options}: {error}") from None
+        job = on_gpu(job, "") if self.section.gpus == 0 else job
         submitted = executor.submit(run_job, job)
         if cluster == "slurm":
             _note(job).write_text(f"{submitted.job_id}\n")
