@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import sys
+import time
+import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from factorlm.errors import ConfigError, StorageError
 from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
 from factorlm.scaling.ladder.config import LadderFile
 from factorlm.scaling.ladder.executors import Job
+from factorlm.scaling.ladder.executors.base import run_job
 from factorlm.scaling.ladder.folder import LadderFolder
 from factorlm.scaling.ladder.plan import Plan
 from factorlm.scaling.ladder.queue import Queue
@@ -145,7 +151,7 @@ def test_a_signal_lets_what_runs_end_and_starts_nothing_more(
     assert queue.was_stopped
     assert executor.names == ["dense-a-s0"]
     assert state.count(Status.DONE) == 0
-    assert not list((tmp_path / "runs").glob(".stop-*"))
+    assert not list((tmp_path / "runs").glob(".*.stop"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -229,3 +235,61 @@ def test_what_an_executor_finds_again_is_not_submitted_twice(
     assert executor.names[0] == "low_rank-b-s0"
     assert executor.names.count("low_rank-b-s0") == 1
     assert state.count(Status.DONE) == 6
+
+
+def test_an_old_stop_file_stops_no_new_run(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    class Seeing(Instant):
+        def submit(self, job: Job) -> Done:
+            assert not job.stop_file.exists()
+            return super().submit(job)
+
+    folder = LadderFolder(tmp_path / "runs")
+    folder.path.mkdir()
+    for run in Plan(ladder()).runs({}):
+        folder.stop_file(run).touch()
+    state, _ = run_queue(ladder(), folder.path, Seeing())
+    assert state.count(Status.DONE) == 6
+
+
+HOLDS = """
+import signal, socket, sys, time
+from factorlm.storage import folder_lock
+socket.gethostname = lambda: "node17"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with folder_lock(sys.argv[1], owner="factorlm train"):
+    time.sleep(600)
+"""
+
+
+def test_an_orphan_of_another_machine_is_stopped_by_its_file_alone(
+    ladder: Callable[..., LadderFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of a cluster whose queue is gone; what has its number here is another's."""
+    folder = LadderFolder(tmp_path / "runs")
+    run = Plan(ladder()).runs({})[0]
+    command = (sys.executable, "-c", HOLDS, str(folder.path / run.name))
+    job = dataclasses.replace(folder.job(run, 1), command=command)
+    killed: list[int] = []
+    kills = types.SimpleNamespace(kill=lambda pid, kind: killed.append(pid))
+    monkeypatch.setattr("factorlm.scaling.ladder.orphan.os", kills)
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(run_job, job)
+        while folder.holder(run) is None:
+            assert not task.done()
+            time.sleep(0.05)
+        queue = Queue(
+            Plan(ladder()),
+            folder,
+            executor := Instant(),
+            on_state=lambda state: queue.stop(),
+            poll_seconds=0.01,
+        )
+        try:
+            queue.run()
+        finally:
+            job.stop_file.touch()  # whatever happened
+        assert task.result() == 75
+    assert not killed
+    assert run.name not in executor.names

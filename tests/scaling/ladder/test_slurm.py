@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,24 @@ def test_a_job_that_is_gone_is_not_found(cluster: Cluster, state: str) -> None:
 
     submitit.SlurmJob.watcher.clear()
     assert executor().find(cluster.job) is None
+
+
+def test_a_job_that_waits_is_cancelled(cluster: Cluster) -> None:
+    handle = executor().submit(cluster.job)
+    assert handle.poll() is None
+    handle.stop()
+    assert handle.poll() == 75
+    assert cluster.state == "CANCELLED"
+
+
+def test_a_job_that_has_begun_is_left_to_its_stop_file(cluster: Cluster) -> None:
+    handle = executor().submit(cluster.job)
+    assert handle.poll() is None
+    cluster.state = "RUNNING"
+    handle.stop()
+    time.sleep(0.01)  # submitit asks at most once a millisecond
+    assert handle.poll() is None
+    assert cluster.job.stop_file.exists()
+    assert cluster.state == "RUNNING"
+    cluster.finish(75)
+    assert handle.poll() == 75

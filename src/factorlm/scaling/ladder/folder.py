@@ -6,6 +6,8 @@ import fcntl
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from factorlm.records import (
     RunRecord,
     StepRecord,
 )
+from factorlm.scaling.ladder.executors import Job
 from factorlm.scaling.ladder.plan import LadderRun
 from factorlm.storage import LOCK_FILE, atomic_write_text
 from factorlm.train.run import check_same_run
@@ -57,6 +60,23 @@ class LadderFolder:
     def log(self, run: LadderRun) -> Path:
         """What it prints."""
         return self.path / f"{run.name}.log"
+
+    def stop_file(self, run: LadderRun) -> Path:
+        """Once it is there, whatever trains the run saves and ends, on any machine, whoever
+        started it."""
+        return self.path / f".{run.name}.stop"
+
+    def job(self, run: LadderRun, threads: int) -> Job:
+        """What trains the run, of the recipe that ``write_recipe`` writes."""
+        command = [sys.executable, "-m", "factorlm", "train", str(self.recipe(run).resolve())]
+        return Job(
+            name=run.name,
+            command=(*command, "--runs-dir", str(self.path.resolve())),
+            folder=Path.cwd(),
+            log=self.log(run).resolve(),
+            stop_file=self.stop_file(run).resolve(),
+            env={"OMP_NUM_THREADS": str(threads)},
+        )
 
     def write_recipe(self, run: LadderRun) -> Path:
         """So that anyone can run it by hand."""
@@ -117,7 +137,8 @@ class LadderFolder:
         return None
 
     def holder(self, run: LadderRun) -> int | None:
-        """The process that trains this run now, whoever started it; 0 if it is not known which."""
+        """The process that trains this run now, whoever started it; 0 if it is not known which, or
+        one of another machine. None if there is none."""
         path = self.path / run.name / LOCK_FILE
         try:
             descriptor = os.open(path, os.O_RDWR)
@@ -159,6 +180,7 @@ def _is_kept(record: Record, last: int) -> bool:
 
 def _process(note: bytes) -> int:
     try:
-        return int(json.loads(note)["pid"])
+        values = json.loads(note)
+        return int(values["pid"]) if values["host"] == socket.gethostname() else 0
     except (ValueError, KeyError, TypeError):
         return 0

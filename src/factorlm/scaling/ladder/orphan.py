@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 
 from factorlm.scaling.ladder.executors import Handle
 from factorlm.scaling.ladder.executors.base import INTERRUPTED
@@ -22,10 +23,9 @@ class Orphan(Handle):
         return None if self.folder.holder(self.run) is not None else INTERRUPTED
 
     def stop(self) -> None:
-        """As for a child, if it is a process of this machine."""
+        """By a signal to a process of this machine; a task or job of a cluster sees the file."""
+        self.folder.stop_file(self.run).touch()
         pid = self.folder.holder(self.run)
         if pid:
-            try:
+            with suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
-            except OSError:
-                return

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +53,6 @@ class Queue:
         self.was_stopped = False
         """By a signal."""
         self._looked_for: set[tuple[str, bool]] = set()
-        self._stop_file = folder.path / f".stop-{uuid.uuid4().hex}"
 
     def run(self) -> State:
         """Until nothing is left that can run, or a signal came: then runs save and end first.
@@ -75,7 +72,6 @@ class Queue:
             finally:
                 self.stop()
                 self._wait()
-                self._stop_file.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Start nothing more, and ask what runs to save and end."""
@@ -139,6 +135,7 @@ class Queue:
         self.steps[run.name] = self._step(run)
         try:
             self.folder.write_recipe(run)
+            self.folder.stop_file(run).unlink(missing_ok=True)
             handle = self.executor.submit(self._job(run))
         except ConfigError:
             raise
@@ -191,6 +188,7 @@ class Queue:
             if code is None:
                 continue
             del self.running[name]
+            self.folder.stop_file(run).unlink(missing_ok=True)
             self._look(run)
             if code and self.folder.holder(run) is not None:
                 # an earlier queue's process was still starting when this one looked for it
@@ -215,17 +213,7 @@ class Queue:
         return 0 if found is None else found.step
 
     def _job(self, run: LadderRun) -> Job:
-        recipe = self.folder.recipe(run)
-        command = [sys.executable, "-m", "factorlm", "train", str(recipe.resolve())]
-        threads = str(self.executor.section.threads)
-        return Job(
-            name=run.name,
-            command=(*command, "--runs-dir", str(self.folder.path.resolve())),
-            folder=Path.cwd(),
-            log=self.folder.log(run).resolve(),
-            stop_file=self._stop_file.resolve(),
-            env={"OMP_NUM_THREADS": threads},
-        )
+        return self.folder.job(run, self.executor.section.threads)
 
     def _wait(self) -> None:
         """Until what was asked to end has ended."""

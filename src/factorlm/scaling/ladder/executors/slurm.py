@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from factorlm.errors import ConfigError
 from factorlm.scaling.ladder.config import ExecutorSection
-from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, on_gpu, run_job
+from factorlm.scaling.ladder.executors.base import (
+    EXECUTORS,
+    INTERRUPTED,
+    Executor,
+    Handle,
+    Job,
+    on_gpu,
+    run_job,
+)
 
 DEFAULT_WORKERS = 16
 
@@ -19,11 +28,12 @@ class SlurmJob(Handle):
         self.submitted = submitted
         self.job = job
         self.errors = errors
+        self.is_stopping = False
 
     def poll(self) -> int | None:
         """The exit code of the process; 1 if the job itself was lost or cancelled."""
         if not self.submitted.done():
-            return None
+            return INTERRUPTED if self.is_stopping and self._cancelled() else None
         try:
             return int(self.submitted.result())
         except self.errors as error:
@@ -32,8 +42,20 @@ class SlurmJob(Handle):
             return 1
 
     def stop(self) -> None:
-        """By the stop file; a job that still waits in Slurm's queue ends when it begins."""
+        """By the stop file; what still waits in Slurm's queue is cancelled by the next ``poll``."""
         self.job.stop_file.touch()
+        self.is_stopping = True
+
+    def _cancelled(self) -> bool:
+        """Whether it waits no more in Slurm's queue; what runs is left to the stop file."""
+        modes = ("standard", "force")  # Slurm is asked anew only if it did wait when last seen
+        if any(self.submitted.get_info(mode=mode).get("State") != "PENDING" for mode in modes):
+            return False
+        try:
+            self.submitted.cancel()
+        except subprocess.CalledProcessError:
+            return False
+        return True
 
 
 @EXECUTORS.register("slurm")
