@@ -91,3 +91,22 @@ def test_a_run_that_went_back_or_paused_is_timed_anew(
         display.show(state({"a": Status.RUNNING}, step=200))
         display.live.refresh()
         assert rows(capsys)[-1] == ["a", "200", "1,000", "4.2500", "1:20 min"]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_line_for_every_change_and_none_for_what_was_done_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    turns = [
+        state({"a": Status.RUNNING, "b": Status.READY, "c": Status.DONE}, c=3.0),
+        state({"a": Status.DONE, "b": Status.RUNNING, "c": Status.DONE}, a=2.5, c=3.0),
+        state({"a": Status.DONE, "b": Status.RUNNING, "c": Status.DONE}, a=2.5, c=3.0),
+    ]
+    with Display() as display:
+        for turn in turns:
+            display.show(turn)
+    assert capsys.readouterr().err.splitlines() == [
+        "12:00:00 a running",
+        "12:00:00 a done: validation loss 2.5000",
+        "12:00:00 b running",
+    ]

@@ -74,16 +74,16 @@ class Display(AbstractContextManager["Display"]):
 
     def show(self, state: State) -> None:
         """Draw the state of a queue."""
+        from factorlm.scaling.ladder.state import Status
+
         self.started = {name: seen for name, seen in self.started.items() if name in state.progress}
         if self.console.is_terminal:
             self.live.update(self._table(state))
         for name, status in state.status.items():
             before = self.last.get(name)
-            if (
-                before is not None
-                and before != status.value
-                and status.value in ("running", "done")
-            ):
+            # what was done before the first look is nothing new
+            shown = status is Status.RUNNING or (status is Status.DONE and before is not None)
+            if shown and before != status.value:
                 self._say(name, status.value, state)
         self.last = {name: status.value for name, status in state.status.items()}
 
