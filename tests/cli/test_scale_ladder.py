@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from factorlm.cli.main import main
 from factorlm.cli.scale import _ladder
 from factorlm.cli.scale._ladder import Display
 from factorlm.scaling.ladder.folder import Progress
+from factorlm.scaling.ladder.queue import Queue
 from factorlm.scaling.ladder.state import State, Status
 
 
@@ -49,6 +53,31 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As rich sees it, 100 characters wide."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
+
+
+Ended = Callable[[dict[str, Status], bool], tuple[int, str]]
+
+
+@pytest.fixture
+def ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Ended:
+    """Exit code and last line of ``scale run`` where the queue ends so."""
+    (tmp_path / "recipe.yaml").write_text("model: {preset: gpt_nano, vocab_size: 257}\n")
+    ladder = tmp_path / "toy.yaml"
+    ladder.write_text("{recipe: recipe.yaml, sizes: {a: {}}, families: {dense: {}}}\n")
+
+    def run(status: dict[str, Status], was_stopped: bool) -> tuple[int, str]:
+        def end(queue: Queue) -> State:
+            queue.was_stopped = was_stopped
+            return state(status)
+
+        monkeypatch.setattr(Queue, "run", end)
+        code = main(["scale", "run", str(ladder), "--runs-dir", str(tmp_path)])
+        last = capsys.readouterr().err.splitlines()[-1]
+        return code, re.sub(r"^factorlm scale: (error: )?", "", last)
+
+    return run
 
 
 def rows(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -110,3 +139,23 @@ def test_a_line_for_every_change_and_none_for_what_was_done_before(
         "12:00:00 a done: validation loss 2.5000",
         "12:00:00 b running",
     ]
+
+
+@pytest.mark.parametrize(
+    ("last", "was_stopped", "code", "told"),
+    [
+        (Status.DONE, False, 0, "2 done"),
+        (Status.FAILED, False, 1, "1 done, 1 failed; failed: b"),
+        (Status.READY, True, 75, "1 to run, 1 done; the same command goes on"),
+    ],
+)
+def test_the_last_word_and_the_exit_code(
+    last: Status, was_stopped: bool, code: int, told: str, ended: Ended
+) -> None:
+    assert ended({"a": Status.DONE, "b": last}, was_stopped) == (code, told)
+
+
+def test_stopped_after_a_failure_is_stopped(ended: Ended) -> None:
+    status = {"a": Status.FAILED, "b": Status.READY}
+    told = "1 to run, 1 failed; failed: a; the same command goes on"
+    assert ended(status, True) == (75, told)

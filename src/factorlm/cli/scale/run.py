@@ -55,9 +55,10 @@ def _finish(state: State, *, was_stopped: bool) -> int:
         f"{count} {status.value}" for status in Status if (count := state.count(status))
     )
     failed = [name for name, status in state.status.items() if status is Status.FAILED]
-    if failed:
-        raise FactorlmError(f"{counts}; failed: {', '.join(failed)}")
+    told = f"{counts}; failed: {', '.join(failed)}" if failed else counts
     if was_stopped:
-        raise InterruptedRun(f"{counts}; the same command goes on")
+        raise InterruptedRun(f"{told}; the same command goes on")
+    if failed:
+        raise FactorlmError(told)
     warn(counts)
     return 0
