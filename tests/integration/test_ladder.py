@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ import pytest
 import yaml
 
 from factorlm.cli.main import main
+from factorlm.data import open_dataset
 from factorlm.records import EvalRecord, RecordFile, RunRecord, StepRecord
+from factorlm.scaling.ladder import load_ladder
+from factorlm.scaling.ladder.plan import Plan
+from factorlm.scaling.ladder.prediction import num_eval_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +42,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "guide": {"variant": "none"},
         "data": {"path": data, "context_length": 32},
         "batch": {"num_sequences": 8, "num_steps": STEPS},
-        "eval": {"num_tokens": 256, "final_num_tokens": 256},
+        "eval": {"every_steps": 15, "num_tokens": 256, "final_num_tokens": 512},
         "checkpoint": {"every_steps": 10},
         "parallel": {"precision": "fp32", "device": "cpu"},
     }
@@ -63,18 +67,18 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NAMES = [f"{family}-{size}-s0" for size in "ab" for family in ("dense", "low_rank")]
 
 
-def start(ladder: Path, runs: Path) -> subprocess.Popen[str]:
+def start(ladder: Path, runs: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "factorlm", "scale", "run", str(ladder)]
-    command += ["--runs-dir", str(runs), "--workers", "1"]
+    command += ["--runs-dir", str(runs), "--workers", "1", *options]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def results(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+def results(folder: Path, names: Sequence[str] = NAMES) -> dict[str, tuple[list[str], list[str]]]:
     """Run -> every loss of training and evaluation, in hex."""
     found = {}
-    for name in NAMES:
+    for name in names:
         records = list(RecordFile(folder / name / "records.jsonl"))
         steps = [r.loss.hex() for r in records if isinstance(r, StepRecord)]
         assert len(steps) == STEPS
@@ -123,6 +127,14 @@ def test_the_plan_counts_and_predicts(
     assert [path.stat().st_mtime_ns for path in calibrated] == times
 
 
+def test_the_tokens_that_it_expects_to_be_evaluated_are(ladder: Path, undisturbed: Path) -> None:
+    for run in Plan(load_ladder(ladder)).runs({}):
+        records = RecordFile(undisturbed / run.name / "records.jsonl")
+        done = sum(r.num_eval_tokens for r in records if isinstance(r, EvalRecord))
+        split = open_dataset(run.config.data.path).split("validation").num_tokens
+        assert num_eval_tokens(run.config, STEPS, split) == done == 3 * 256 + 512
+
+
 def test_a_run_is_the_one_that_factorlm_train_makes(
     ladder: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +180,42 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert results(folder) == results(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "options"),
+    [
+        ("ray", "ray", {"num_cpus": 2}),
+        ("slurm", "submitit", {"cluster": "local", "timeout_min": 10}),
+    ],
+)
+def test_a_cluster_is_stopped_and_goes_on(
+    kind: str,
+    package: str,
+    options: dict[str, Any],
+    ladder: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    """A Ray that is started here, and submitit's processes."""
+    pytest.importorskip(package)
+    values = yaml.safe_load(ladder.read_text()) | {"name": "toy"}
+    values["executor"] = {"kind": kind, "options": options}
+    del values["families"]["low_rank"]
+    there = ladder.with_name(f"{kind}.yaml")
+    there.write_text(yaml.safe_dump(values, sort_keys=False))
+    queue = start(there, tmp_path)
+    folder = tmp_path / "toy"
+    wait_for(lambda: num_steps(folder / "dense-a-s0/records.jsonl") >= 5)
+    queue.send_signal(signal.SIGINT)
+    output, _ = queue.communicate(timeout=120)
+    assert queue.returncode == 75, output
+    assert list((folder / "dense-a-s0/checkpoints").glob("step-*"))
+    again = start(there, tmp_path)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    names = ["dense-a-s0", "dense-b-s0"]
+    assert results(folder, names) == results(undisturbed, names)
 
 
 def test_a_run_that_cannot_train_is_told_with_its_log(

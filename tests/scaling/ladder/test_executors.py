@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,10 +97,11 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_executor(ExecutorSection(workers=5, threads=2)).slots == 5
 
 
-def test_a_gpu_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [None, 1])
+def test_a_gpu_a_run(gpus: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
-    found = build_executor(ExecutorSection(gpus=1))
+    found = build_executor(ExecutorSection(gpus=gpus))
     assert found.slots == 2
     code = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
     first, second = (found.submit(job(tmp_path, code, name)) for name in "ab")
@@ -112,6 +114,28 @@ def test_a_gpu_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for handle in (second, third):
         handle.stop()
         ended(handle)
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(0, 2), (None, 0)])
+def test_runs_on_the_cpu_see_no_gpu(
+    gpus: int | None, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("factorlm.scaling.ladder.executors.local.num_cpu_cores", lambda: 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    found = build_executor(ExecutorSection(gpus=gpus))
+    assert found.slots == 7
+    code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    assert ended(found.submit(job(tmp_path, code))) == 0
+    assert (tmp_path / "job.log").read_text() == "''\n"
+
+
+@pytest.mark.parametrize(("gpus", "slots"), [(None, 2), (1, 2), (0, 8)])
+def test_a_gpu_of_a_ray_cluster_a_run(
+    gpus: int | None, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SmallRay({"CPU": 8.0, "GPU": 2.0}))
+    assert build_executor(ExecutorSection(kind="ray", gpus=gpus)).slots == slots
 
 
 @pytest.mark.parametrize(
@@ -128,6 +152,45 @@ def test_wrong_sections(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         build_executor(section)
+
+
+class SmallRay(types.ModuleType):
+    """A Ray whose cluster has ``resources``."""
+
+    def __init__(self, resources: dict[str, float]) -> None:
+        super().__init__("ray")
+        self.resources, self.is_up = resources, False
+
+    def init(self, **options: object) -> None:
+        self.is_up = True
+
+    def shutdown(self) -> None:
+        self.is_up = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def remote(self, function: object) -> object:
+        return function
+
+
+def test_a_ray_cluster_without_room_is_refused_before_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = SmallRay({"CPU": 3.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ConfigError, match=r"threads=4, gpus=0: the Ray cluster has 3 CPUs and 0"):
+        build_executor(ExecutorSection(kind="ray", threads=4))
+    assert not ray.is_up
+
+
+def test_a_ray_cluster_that_shrinks_still_takes_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SmallRay({"CPU": 8.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    found = build_executor(ExecutorSection(kind="ray", threads=4))
+    assert found.slots == 2
+    ray.resources = {"CPU": 2.0}
+    assert found.slots == 1
 
 
 @pytest.mark.parametrize(("kind", "package"), [("ray", "ray"), ("slurm", "submitit")])

@@ -1,113 +1,33 @@
-"""What the queue starts, tries again, and leaves out; runs end at once here."""
+"""What the queue starts, and what it leaves alone; runs end at once here."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import sys
+import time
+import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
+from tests.scaling.ladder.instant import Done, Instant, append, run_queue, run_records
 
 from factorlm.errors import ConfigError, StorageError
-from factorlm.records import EvalRecord, EventRecord, Record, RecordFile, RunRecord, StepRecord
-from factorlm.scaling.ladder.config import ExecutorSection, LadderFile
-from factorlm.scaling.ladder.executors import Executor, Handle, Job
+from factorlm.records import EvalRecord, EventRecord, RecordFile, RunRecord, StepRecord
+from factorlm.scaling.ladder.config import LadderFile
+from factorlm.scaling.ladder.executors import Job
+from factorlm.scaling.ladder.executors.base import run_job
 from factorlm.scaling.ladder.folder import LadderFolder
 from factorlm.scaling.ladder.plan import Plan
-from factorlm.scaling.ladder.queue import Failure, Queue, State, Status
+from factorlm.scaling.ladder.queue import Queue
+from factorlm.scaling.ladder.state import Failure, State, Status
 from factorlm.storage import folder_lock
 
 TUNE = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
-
-
-def run_records(config: dict[str, object], loss: float, steps: int = 3) -> list[Record]:
-    """What a finished run leaves."""
-    run = RunRecord(
-        name=str(config["name"]),
-        config=config,
-        environment={},
-        num_params=1,
-        num_ffn_params=1,
-        num_non_embedding_params=1,
-        forward_flops_per_token=1.0,
-        training_flops=1.0,
-        num_steps=steps,
-        tokens_per_step=1,
-    )
-    done = [
-        StepRecord(step=step, num_tokens=step, loss=loss, learning_rate=1, grad_norm=1, step_ms=1)
-        for step in range(1, steps + 1)
-    ]
-    last = EvalRecord(
-        step=steps,
-        num_tokens=steps,
-        source="validation",
-        loss=loss,
-        perplexity=1,
-        bits_per_byte=None,
-        num_eval_tokens=1,
-        seconds=1,
-    )
-    return [run, *done, last, EventRecord(event="finished", step=steps)]
-
-
-class Done(Handle):
-    def __init__(self, code: int | None, stops: int | None = 75) -> None:
-        self.code, self.stops = code, stops
-
-    def poll(self) -> int | None:
-        return self.code
-
-    def stop(self) -> None:
-        self.code = self.stops if self.code is None else self.code
-
-
-class Instant(Executor):
-    """Writes the records of a finished run, or does as ``codes`` says for a name, in turn."""
-
-    def __init__(self, workers: int = 2, **codes: list[int | None]) -> None:
-        super().__init__(ExecutorSection(workers=workers))
-        self.codes = {name.replace("_", "-"): values for name, values in codes.items()}
-        self.jobs: list[Job] = []
-
-    @property
-    def slots(self) -> int:
-        return self.section.workers or 1
-
-    def submit(self, job: Job) -> Done:
-        self.jobs.append(job)
-        codes = self.codes.get(job.name, [])
-        code = codes.pop(0) if codes else 0
-        if code == 0:
-            config = yaml.safe_load(Path(job.command[4]).read_text())
-            path = Path(job.command[-1]) / job.name
-            path.mkdir(parents=True)
-            rate = config["optimizer"]["learning_rate"]
-            for record in run_records(config, loss=abs(rate - 2e-3) + 1):
-                RecordFile(path / "records.jsonl").append(record)
-        elif code is not None:
-            job.log.write_text(f"first line\n{job.name} went wrong\n")
-        return Done(code)
-
-    @property
-    def names(self) -> list[str]:
-        return [job.name for job in self.jobs]
-
-
-def run_queue(
-    file: LadderFile, path: Path, executor: Instant, records: Path | None = None
-) -> tuple[State, list[Failure]]:
-    failures: list[Failure] = []
-    queue = Queue(
-        Plan(file),
-        LadderFolder(path, records),
-        executor,
-        on_failure=failures.append,
-        poll_seconds=0.001,
-    )
-    return queue.run(), failures
 
 
 def test_everything_once_and_nothing_twice(
@@ -152,34 +72,6 @@ def test_at_most_so_many_at_a_time(ladder: Callable[..., LadderFile], tmp_path: 
     assert max(seen) == 2
 
 
-def test_a_failure_is_tried_once_more_and_stops_nothing(
-    ladder: Callable[..., LadderFile], tmp_path: Path
-) -> None:
-    executor = Instant(dense_a_s0=[8, 0], dense_b_s0=[8, 8])
-    state, failures = run_queue(ladder(), tmp_path / "runs", executor)
-    told = [(failure.run.name, failure.exit_code, failure.is_final) for failure in failures]
-    assert sorted(told) == [
-        ("dense-a-s0", 8, False),
-        ("dense-b-s0", 8, False),
-        ("dense-b-s0", 8, True),
-    ]
-    assert failures[0].last_lines.endswith("went wrong")
-    assert state.status["dense-b-s0"] is Status.FAILED
-    assert state.count(Status.DONE) == 5
-    later, _ = run_queue(ladder(), tmp_path / "runs", Instant())
-    assert later.count(Status.DONE) == 6
-
-
-def test_an_interrupted_run_goes_on_and_is_no_failure(
-    ladder: Callable[..., LadderFile], tmp_path: Path
-) -> None:
-    executor = Instant(dense_a_s0=[75, 75, 75])
-    state, failures = run_queue(ladder(), tmp_path / "runs", executor)
-    assert executor.names.count("dense-a-s0") == 4
-    assert state.count(Status.DONE) == 6
-    assert not failures
-
-
 def test_rates_are_tuned_first_and_then_used(
     ladder: Callable[..., LadderFile], tmp_path: Path
 ) -> None:
@@ -222,6 +114,18 @@ def test_published_records_are_enough_and_thin(
     assert state.count(Status.DONE) == 6
 
 
+def test_what_was_done_before_is_published_too(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    """As after a first command without ``--records``, or one killed as a run ended."""
+    published, again = tmp_path / "published", Instant()
+    state, _ = run_queue(ladder(), tmp_path / "runs", Instant())
+    run_queue(ladder(), tmp_path / "runs", again, published)
+    assert again.names == []
+    names = sorted(path.stem for path in published.iterdir())
+    assert names == sorted(run.name for run in state.runs)
+
+
 def test_two_queues_do_not_share_a_folder(
     ladder: Callable[..., LadderFile], tmp_path: Path
 ) -> None:
@@ -247,7 +151,7 @@ def test_a_signal_lets_what_runs_end_and_starts_nothing_more(
     assert queue.was_stopped
     assert executor.names == ["dense-a-s0"]
     assert state.count(Status.DONE) == 0
-    assert not list((tmp_path / "runs").glob(".stop-*"))
+    assert not list((tmp_path / "runs").glob(".*.stop"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -273,3 +177,119 @@ def test_a_run_that_is_under_way_is_waited_for(
     assert turns[:5] == [Status.RUNNING] * 5
     assert run.name not in executor.names
     assert state.count(Status.DONE) == 6
+
+
+def test_a_run_that_another_process_took_first_is_waited_for(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    """As after a queue was killed while its process was still starting."""
+    folder = LadderFolder(tmp_path / "runs")
+    run = Plan(ladder()).runs({})[0]
+    held = folder_lock(folder.path / run.name, owner="factorlm train")
+    turns: list[Status] = []
+
+    class Late(Instant):
+        def submit(self, job: Job) -> Done:
+            if job.name == run.name:
+                held.__enter__()
+                self.jobs.append(job)
+                return Done(6)
+            return super().submit(job)
+
+    def watch(state: State) -> None:
+        turns.append(state.status[run.name])
+        if len(turns) == 5:
+            append(folder.path / run.name, run_records(run.config.to_dict(), 1.0))
+            held.__exit__(None, None, None)
+
+    executor = Late()
+    failures: list[Failure] = []
+    queue = Queue(
+        Plan(ladder()),
+        folder,
+        executor,
+        on_state=watch,
+        on_failure=failures.append,
+        poll_seconds=0.001,
+    )
+    state = queue.run()
+    assert turns[:5] == [Status.RUNNING] * 5
+    assert executor.names.count(run.name) == 1
+    assert not failures
+    assert state.count(Status.DONE) == 6
+
+
+def test_what_an_executor_finds_again_is_not_submitted_twice(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    class Finding(Instant):
+        def find(self, job: Job) -> Done | None:
+            return self.submit(job) if job.name == "low_rank-b-s0" else None
+
+    first = LadderFolder(tmp_path / "runs")
+    first.path.mkdir()
+    for run in Plan(ladder()).runs({}):
+        first.write_recipe(run)
+    executor = Finding()
+    state, _ = run_queue(ladder(), tmp_path / "runs", executor)
+    assert executor.names[0] == "low_rank-b-s0"
+    assert executor.names.count("low_rank-b-s0") == 1
+    assert state.count(Status.DONE) == 6
+
+
+def test_an_old_stop_file_stops_no_new_run(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    class Seeing(Instant):
+        def submit(self, job: Job) -> Done:
+            assert not job.stop_file.exists()
+            return super().submit(job)
+
+    folder = LadderFolder(tmp_path / "runs")
+    folder.path.mkdir()
+    for run in Plan(ladder()).runs({}):
+        folder.stop_file(run).touch()
+    state, _ = run_queue(ladder(), folder.path, Seeing())
+    assert state.count(Status.DONE) == 6
+
+
+HOLDS = """
+import signal, socket, sys, time
+from factorlm.storage import folder_lock
+socket.gethostname = lambda: "node17"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with folder_lock(sys.argv[1], owner="factorlm train"):
+    time.sleep(600)
+"""
+
+
+def test_an_orphan_of_another_machine_is_stopped_by_its_file_alone(
+    ladder: Callable[..., LadderFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of a cluster whose queue is gone; what has its number here is another's."""
+    folder = LadderFolder(tmp_path / "runs")
+    run = Plan(ladder()).runs({})[0]
+    command = (sys.executable, "-c", HOLDS, str(folder.path / run.name))
+    job = dataclasses.replace(folder.job(run, 1), command=command)
+    killed: list[int] = []
+    kills = types.SimpleNamespace(kill=lambda pid, kind: killed.append(pid))
+    monkeypatch.setattr("factorlm.scaling.ladder.orphan.os", kills)
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(run_job, job)
+        while folder.holder(run) is None:
+            assert not task.done()
+            time.sleep(0.05)
+        queue = Queue(
+            Plan(ladder()),
+            folder,
+            executor := Instant(),
+            on_state=lambda state: queue.stop(),
+            poll_seconds=0.01,
+        )
+        try:
+            queue.run()
+        finally:
+            job.stop_file.touch()  # whatever happened
+        assert task.result() == 75
+    assert not killed
+    assert run.name not in executor.names

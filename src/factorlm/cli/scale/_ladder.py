@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from factorlm.scaling.ladder.config import LadderFile
-    from factorlm.scaling.ladder.queue import Failure, State
+    from factorlm.scaling.ladder.state import Failure, State
 
 
 def add_ladder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +54,13 @@ def read_ladder(args: argparse.Namespace) -> LadderFile:
 class Display(AbstractContextManager["Display"]):
     """Shows a queue: a live table on a terminal, else a line for every change."""
 
-    def __init__(self, num_steps: dict[str, int]) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self.console = Console(stderr=True)
-        self.num_steps = num_steps
         self.started: dict[str, tuple[float, int]] = {}
+        """When each run that runs was first seen at a step, and at which."""
         self.last: dict[str, str] = {}
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
 
@@ -74,15 +74,16 @@ class Display(AbstractContextManager["Display"]):
 
     def show(self, state: State) -> None:
         """Draw the state of a queue."""
+        from factorlm.scaling.ladder.state import Status
+
+        self.started = {name: seen for name, seen in self.started.items() if name in state.progress}
         if self.console.is_terminal:
             self.live.update(self._table(state))
         for name, status in state.status.items():
             before = self.last.get(name)
-            if (
-                before is not None
-                and before != status.value
-                and status.value in ("running", "done")
-            ):
+            # what was done before the first look is nothing new
+            shown = status is Status.RUNNING or (status is Status.DONE and before is not None)
+            if shown and before != status.value:
                 self._say(name, status.value, state)
         self.last = {name: status.value for name, status in state.status.items()}
 
@@ -91,7 +92,7 @@ class Display(AbstractContextManager["Display"]):
         again = "it is left out" if failure.is_final else "it is tried once more"
         self.console.print(
             f"{failure.run.name} failed with exit code {failure.exit_code}; {again}. "
-            f"The end of {failure.log}:\n{failure.last_lines}",
+            f"The end of {failure.log}:\n{failure.reason}",
             style="red",
             markup=False,
             highlight=False,
@@ -103,31 +104,35 @@ class Display(AbstractContextManager["Display"]):
         clock = time.strftime("%H:%M:%S")
         self.console.print(f"{clock} {name} {status}{tail}", markup=False, highlight=False)
 
-    def _table(self, state: State) -> Table:
+    def _table(self, state: State) -> Group:
+        from rich.console import Group
         from rich.table import Table
 
-        from factorlm.scaling.ladder.queue import Status
+        from factorlm.scaling.ladder.state import Status
 
         counts = ", ".join(
             f"{count} {status.value}" for status in Status if (count := state.count(status))
         )
-        table = Table(title=counts, title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for name in ("run", "step", "of", "training loss", "left"):
             table.add_column(name, justify="left" if name == "run" else "right")
         for name, status in state.status.items():
             if status is Status.RUNNING:
                 table.add_row(name, *self._progress(name, state))
-        return table
+        return Group(counts, table)
 
     def _progress(self, name: str, state: State) -> tuple[str, str, str, str]:
         from factorlm.report.tables import format_seconds
 
-        total, found = self.num_steps.get(name, 0), state.progress.get(name)
+        total, found = state.num_steps[name], state.progress.get(name)
         if found is None:
             return "starts", f"{total:,}", "", ""
-        since, step = self.started.setdefault(name, (time.monotonic(), found.step))
-        speed = (found.step - step) / max(time.monotonic() - since, 1e-9)
-        left = format_seconds((total - found.step) / speed) if speed else ""
+        now = time.monotonic()
+        since, step = self.started.setdefault(name, (now, found.step))
+        if found.step < step:  # resumed at an earlier checkpoint
+            since, step = self.started[name] = now, found.step
+        done = found.step - step
+        left = format_seconds((total - found.step) * (now - since) / done) if done else ""
         return f"{found.step:,}", f"{total:,}", f"{found.loss:.4f}", left
 
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     with build_executor(file.ladder.executor) as executor:
         speeds, workers = {}, executor.slots
         if not args.no_calibration:
-            with Display({}) as display:
+            with Display() as display:
                 speeds = calibrate(file, runs, path, executor, display.show)
     prediction = predict(plan, runs, losses, speeds, workers)
     if args.json:

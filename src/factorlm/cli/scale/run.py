@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from factorlm.cli.scale._ladder import Display, add_ladder_arguments, read_ladder, warn
 
 if TYPE_CHECKING:
-    from factorlm.scaling.ladder.queue import State
+    from factorlm.scaling.ladder.state import State
 
 HELP = "train what a ladder lacks; stopped or killed, the same command goes on"
 EPILOG = """\
@@ -37,13 +37,10 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
     from factorlm.scaling.ladder.queue import Queue
 
     file = read_ladder(args)
-    plan = Plan(file)
     folder = LadderFolder(args.runs_dir / file.ladder.name, args.records)
-    runs, _ = plan.known(folder.losses)
-    num_steps = {run.name: plan.describe(run).plan.num_steps for run in runs}
-    with build_executor(file.ladder.executor) as executor, Display(num_steps) as display:
+    with build_executor(file.ladder.executor) as executor, Display() as display:
         queue = Queue(
-            plan, folder, executor, on_state=display.show, on_failure=display.show_failure
+            Plan(file), folder, executor, on_state=display.show, on_failure=display.show_failure
         )
         state = queue.run()
     return _finish(state, was_stopped=queue.was_stopped)
@@ -52,15 +49,16 @@ def run(args: argparse.Namespace, extra: list[str]) -> int:
 def _finish(state: State, *, was_stopped: bool) -> int:
     """Say what became of the ladder; the exit code."""
     from factorlm.errors import FactorlmError, InterruptedRun
-    from factorlm.scaling.ladder.queue import Status
+    from factorlm.scaling.ladder.state import Status
 
     counts = ", ".join(
         f"{count} {status.value}" for status in Status if (count := state.count(status))
     )
     failed = [name for name, status in state.status.items() if status is Status.FAILED]
-    if failed:
-        raise FactorlmError(f"{counts}; failed: {', '.join(failed)}")
+    told = f"{counts}; failed: {', '.join(failed)}" if failed else counts
     if was_stopped:
-        raise InterruptedRun(f"{counts}; the same command goes on")
+        raise InterruptedRun(f"{told}; the same command goes on")
+    if failed:
+        raise FactorlmError(told)
     warn(counts)
     return 0

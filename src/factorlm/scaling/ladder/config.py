@@ -88,8 +88,9 @@ class ExecutorSection(Config):
     """Runs at a time. None: as many as there is room for (slurm: 16)."""
     threads: int = 1
     """CPU threads of one run."""
-    gpus: int = 0
-    """GPUs of one run, 0 or 1."""
+    gpus: int | None = None
+    """GPUs of one run, 0 or 1. None: 1 where the machine or the Ray cluster has any, else 0; a job
+    of slurm then gets what its options and the partition give it."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the cluster is told: for ray, arguments of ``ray.init`` (``address: auto``); for
     slurm, of submitit's ``update_parameters`` (``timeout_min``, ``slurm_partition``, ...)."""
@@ -98,7 +99,7 @@ class ExecutorSection(Config):
         workers = self.workers
         check(workers is None or workers >= 1, f"executor.workers={workers} must be at least 1")
         check(self.threads >= 1, f"executor.threads={self.threads} must be at least 1")
-        check(self.gpus in (0, 1), f"executor.gpus={self.gpus} must be 0 or 1")
+        check(self.gpus in (None, 0, 1), f"executor.gpus={self.gpus} must be 0 or 1")
 
 
 @dataclass(frozen=True, kw_only=True)

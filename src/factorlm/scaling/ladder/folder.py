@@ -6,13 +6,15 @@ import fcntl
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from factorlm.errors import ConfigError
+from factorlm.errors import DataError
 from factorlm.records import (
     RECORDS_FILE,
     EvalRecord,
@@ -23,6 +25,7 @@ from factorlm.records import (
     RunRecord,
     StepRecord,
 )
+from factorlm.scaling.ladder.executors import Job
 from factorlm.scaling.ladder.plan import LadderRun
 from factorlm.storage import LOCK_FILE, atomic_write_text
 from factorlm.train.run import check_same_run
@@ -58,6 +61,23 @@ class LadderFolder:
         """What it prints."""
         return self.path / f"{run.name}.log"
 
+    def stop_file(self, run: LadderRun) -> Path:
+        """Once it is there, whatever trains the run saves and ends, on any machine, whoever
+        started it."""
+        return self.path / f".{run.name}.stop"
+
+    def job(self, run: LadderRun, threads: int) -> Job:
+        """What trains the run, of the recipe that ``write_recipe`` writes."""
+        command = [sys.executable, "-m", "factorlm", "train", str(self.recipe(run).resolve())]
+        return Job(
+            name=run.name,
+            command=(*command, "--runs-dir", str(self.path.resolve())),
+            folder=Path.cwd(),
+            log=self.log(run).resolve(),
+            stop_file=self.stop_file(run).resolve(),
+            env={"OMP_NUM_THREADS": str(threads)},
+        )
+
     def write_recipe(self, run: LadderRun) -> Path:
         """So that anyone can run it by hand."""
         values = yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -68,7 +88,8 @@ class LadderFolder:
         """The last validation loss of a run that is done; None if it is not.
 
         Raises ``ConfigError`` naming the fields that differ if what is there is another run, done
-        or not. A provisional rate is not compared.
+        or not, ``DataError`` if its records are damaged or end without an evaluation. A provisional
+        rate is not compared.
         """
         for path in (self.path / run.name / RECORDS_FILE, self._published(run)):
             if path is None or not path.exists():
@@ -86,11 +107,12 @@ class LadderFolder:
         return {name: loss for name, loss in found.items() if loss is not None}
 
     def publish(self, run: LadderRun) -> None:
-        """Copy the records of a run that is done, with fewer steps, if they are published."""
-        target = self._published(run)
-        if target is None:
+        """Copy the records of a run that is done, with fewer steps, if they are to be published and
+        are not yet."""
+        target, source = self._published(run), self.path / run.name / RECORDS_FILE
+        if target is None or target.exists() or not source.exists():
             return
-        records = list(RecordFile(self.path / run.name / RECORDS_FILE))
+        records = list(RecordFile(source))
         steps = [record.step for record in records if isinstance(record, StepRecord)]
         kept = [record.to_json() for record in records if _is_kept(record, max(steps, default=0))]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +137,8 @@ class LadderFolder:
         return None
 
     def holder(self, run: LadderRun) -> int | None:
-        """The process that trains this run now, whoever started it; 0 if it is not known which."""
+        """The process that trains this run now, whoever started it; 0 if it is not known which, or
+        one of another machine. None if there is none."""
         path = self.path / run.name / LOCK_FILE
         try:
             descriptor = os.open(path, os.O_RDWR)
@@ -145,7 +168,7 @@ def _done(path: Path) -> tuple[Mapping[str, object] | None, float | None]:
         elif isinstance(record, EventRecord):
             finished = finished or record.event == "finished"
     if finished and loss is None:
-        raise ConfigError(f"{path}: the run is finished without an evaluation")
+        raise DataError(f"{path}: the run is finished without an evaluation")
     return config, loss if finished and loss is not None and math.isfinite(loss) else None
 
 
@@ -157,6 +180,7 @@ def _is_kept(record: Record, last: int) -> bool:
 
 def _process(note: bytes) -> int:
     try:
-        return int(json.loads(note)["pid"])
+        values = json.loads(note)
+        return int(values["pid"]) if values["host"] == socket.gethostname() else 0
     except (ValueError, KeyError, TypeError):
         return 0

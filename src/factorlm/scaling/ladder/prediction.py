@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from factorlm.scaling.ladder.calibration import Speed
 from factorlm.scaling.ladder.plan import LadderRun, Plan
+from factorlm.train.config import TrainConfig
+from factorlm.train.describe import Description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class PlannedRun:
     """By the papers' convention."""
     executed_training_flops: float
     hours: float | None
-    """Predicted; None without a calibration."""
+    """Predicted, with evaluations and start; None without a calibration."""
     loss: float | None
     """Of the last evaluation, once it is done."""
 
@@ -73,9 +75,25 @@ def predict(
     )
 
 
+def num_eval_tokens(config: TrainConfig, num_steps: int, split: int) -> int:
+    """Tokens that a run of ``num_steps`` evaluates in all, of a validation split of ``split``."""
+    section = config.eval
+    each, last = (
+        split if count is None else min(count, split)
+        for count in (section.num_tokens, section.final_num_tokens)
+    )
+    before_end = (num_steps - 1) // section.every_steps if section.every_steps else 0
+    is_longer = section.final_num_tokens != section.num_tokens
+    return (before_end + 1) * each + (last if is_longer else 0)
+
+
+def _hours(run: LadderRun, described: Description, speed: Speed) -> float:
+    tokens = num_eval_tokens(run.config, described.plan.num_steps, speed.num_validation_tokens)
+    return speed.hours(described.training.executed_flops, tokens)
+
+
 def _planned(plan: Plan, run: LadderRun, loss: float | None, speed: Speed | None) -> PlannedRun:
     described = plan.describe(run)
-    executed = described.training.executed_flops
     return PlannedRun(
         name=run.name,
         family=run.family,
@@ -88,7 +106,7 @@ def _planned(plan: Plan, run: LadderRun, loss: float | None, speed: Speed | None
         num_tokens=described.num_tokens,
         num_steps=described.plan.num_steps,
         training_flops=described.training.model_flops,
-        executed_training_flops=executed,
-        hours=None if speed is None else speed.hours(executed),
+        executed_training_flops=described.training.executed_flops,
+        hours=None if speed is None else _hours(run, described, speed),
         loss=loss,
     )

@@ -2,86 +2,27 @@
 
 from __future__ import annotations
 
-import enum
 import math
-import os
 import signal
-import sys
 import time
-import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from factorlm.errors import ConfigError, DataError
 from factorlm.scaling.ladder.executors import Executor, Handle, Job
 from factorlm.scaling.ladder.executors.base import INTERRUPTED
-from factorlm.scaling.ladder.folder import LadderFolder, Progress
+from factorlm.scaling.ladder.folder import LadderFolder
+from factorlm.scaling.ladder.orphan import Orphan
 from factorlm.scaling.ladder.plan import LadderRun, Plan
+from factorlm.scaling.ladder.state import Failure, State, Status
 from factorlm.storage import folder_lock
 
 ATTEMPTS = 2
 """Of a run that fails."""
 LOG_LINES = 8
 """Of a failed run, to show."""
-
-
-class Status(enum.Enum):
-    """Of a run, in words."""
-
-    WAITING = "waits for its rate"
-    READY = "to run"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that ended with an error."""
-
-    run: LadderRun
-    exit_code: int
-    log: Path
-    last_lines: str
-    is_final: bool
-    """It was tried again already."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Of all runs at one moment."""
-
-    runs: list[LadderRun]
-    status: dict[str, Status]
-    losses: dict[str, float]
-    """Of those that are done."""
-    progress: dict[str, Progress]
-    """Of those that run."""
-
-    def count(self, status: Status) -> int:
-        """Runs of this status."""
-        return sum(found is status for found in self.status.values())
-
-
-class Orphan(Handle):
-    """A run that a queue which is gone left running."""
-
-    def __init__(self, folder: LadderFolder, run: LadderRun) -> None:
-        self.folder, self.run = folder, run
-
-    def poll(self) -> int | None:
-        """None while its folder is held; after that the folder says what came of it."""
-        return None if self.folder.holder(self.run) is not None else INTERRUPTED
-
-    def stop(self) -> None:
-        """As for a child, if it is a process of this machine."""
-        pid = self.folder.holder(self.run)
-        if pid:
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except OSError:
-                return
 
 
 class Queue:
@@ -101,14 +42,17 @@ class Queue:
         self.on_state, self.on_failure = on_state, on_failure
         self.poll_seconds = poll_seconds
         self.running: dict[str, tuple[LadderRun, Handle]] = {}
-        self.attempts: dict[str, int] = {}
+        self.starts: Counter[str] = Counter()
+        self.attempts: Counter[str] = Counter()
+        """Starts that failed."""
+        self.steps: dict[str, int] = {}
+        """At which each run was when it was started."""
         self.losses: dict[str, float] = {}
         """Of runs that are done, and infinite for those that failed for good."""
         self.stopping = False
         self.was_stopped = False
         """By a signal."""
         self._looked_for: set[tuple[str, bool]] = set()
-        self._stop_file = folder.path / f".stop-{uuid.uuid4().hex}"
 
     def run(self) -> State:
         """Until nothing is left that can run, or a signal came: then runs save and end first.
@@ -122,13 +66,12 @@ class Queue:
                 while True:
                     state = self._turn()
                     self.on_state(state)
-                    if not self.running:
+                    if not self.running and (self.stopping or not state.count(Status.READY)):
                         return state
                     time.sleep(self.poll_seconds)
             finally:
                 self.stop()
                 self._wait()
-                self._stop_file.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Start nothing more, and ask what runs to save and end."""
@@ -157,21 +100,52 @@ class Queue:
         for run in self._runs():
             if self.folder.holder(run) is not None:
                 self.running[run.name] = run, Orphan(self.folder, run)
+            elif self._status(run) is Status.READY:
+                found = self.executor.find(self._job(run))
+                if found is not None:
+                    self.running[run.name] = run, found
 
     def _turn(self) -> State:
         """Take in what ended, start what may start, and say how things are."""
         self._collect()
         runs = self._runs()
-        for run in runs:
-            if self.stopping or len(self.running) >= self.executor.slots:
-                break
-            if self._status(run) is Status.READY:
-                self.running[run.name] = run, self.executor.submit(self._job(run))
+        self._start(runs)
         status = {run.name: self._status(run) for run in runs}
-        found = {run.name: self.folder.progress(run) for run, _ in self.running.values()}
-        progress = {name: value for name, value in found.items() if value is not None}
-        done = {name: loss for name, loss in self.losses.items() if math.isfinite(loss)}
-        return State(runs, status, done, progress)
+        running = [run for run, _ in self.running.values()]
+        found = {run.name: self.folder.progress(run) for run in running}
+        return State(
+            runs=runs,
+            status=status,
+            losses={name: loss for name, loss in self.losses.items() if math.isfinite(loss)},
+            progress={name: value for name, value in found.items() if value is not None},
+            num_steps={run.name: self.plan.describe(run).plan.num_steps for run in running},
+        )
+
+    def _start(self, runs: list[LadderRun]) -> None:
+        """What may start, in the plan's order, but behind the others what was started before."""
+        for run in sorted(runs, key=lambda run: self.starts[run.name]):
+            if self.stopping or len(self.running) >= self.executor.slots:
+                return
+            if self._status(run) is Status.READY and not self._submit(run):
+                return  # a cluster that is busy is asked again in the next turn
+
+    def _submit(self, run: LadderRun) -> bool:
+        """Whether the executor took the run. Raises ``ConfigError`` for what is wrong with all."""
+        self.starts[run.name] += 1
+        self.steps[run.name] = self._step(run)
+        try:
+            self.folder.write_recipe(run)
+            self.folder.stop_file(run).unlink(missing_ok=True)
+            handle = self.executor.submit(self._job(run))
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a cluster's package raises
+            self._fail(run, 1, f"it could not be submitted: {error}")
+            return False
+        self.running[run.name] = run, handle
+        if self.stopping:  # a signal came meanwhile
+            handle.stop()
+        return True
 
     def _runs(self) -> list[LadderRun]:
         """The plan with every loss that there is; it grows with the losses that it is given.
@@ -184,7 +158,21 @@ class Queue:
             if not new:
                 return runs
             self._looked_for |= {(run.name, bool(run.waits_for)) for run in new}
-            self.losses |= self.folder.losses(new)
+            for run in new:
+                if self.losses.get(run.name) != math.inf:
+                    self._look(run)
+
+    def _look(self, run: LadderRun) -> None:
+        """Take in a run that is done. If its records are damaged, it failed for good."""
+        try:
+            loss = self.folder.loss(run)
+        except DataError as error:
+            self.attempts[run.name] = ATTEMPTS - 1
+            self._fail(run, error.exit_code, str(error))
+            return
+        if loss is not None:
+            self.losses[run.name] = loss
+            self.folder.publish(run)
 
     def _status(self, run: LadderRun) -> Status:
         if run.name in self.running:
@@ -200,38 +188,40 @@ class Queue:
             if code is None:
                 continue
             del self.running[name]
-            loss = self.folder.loss(run)
-            if loss is not None:
-                self.losses[name] = loss
-                self.folder.publish(run)
-            elif code != INTERRUPTED and not self.stopping:
+            self.folder.stop_file(run).unlink(missing_ok=True)
+            self._look(run)
+            if code and self.folder.holder(run) is not None:
+                # an earlier queue's process was still starting when this one looked for it
+                self.running[name] = run, Orphan(self.folder, run)
+            if name in self.running or name in self.losses or self.stopping:
+                continue
+            # interrupted before its first new step is no way to get to the end
+            if code != INTERRUPTED or self.steps.get(name) == self._step(run):
                 self._fail(run, code)
 
-    def _fail(self, run: LadderRun, code: int) -> None:
-        self.attempts[run.name] = self.attempts.get(run.name, 0) + 1
+    def _fail(self, run: LadderRun, code: int, reason: str | None = None) -> None:
+        """Tell what went wrong: ``reason``, or the end of its log."""
+        self.attempts[run.name] += 1
         is_final = self.attempts[run.name] >= ATTEMPTS
         if is_final:
             self.losses[run.name] = math.inf
         log = self.folder.log(run)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        last = "\n".join(line.rpartition("\r")[2] for line in lines[-LOG_LINES:])
-        self.on_failure(Failure(run, code, log, last, is_final))
+        self.on_failure(Failure(run, code, log, reason or _last_lines(log), is_final))
+
+    def _step(self, run: LadderRun) -> int:
+        found = self.folder.progress(run)
+        return 0 if found is None else found.step
 
     def _job(self, run: LadderRun) -> Job:
-        recipe = self.folder.write_recipe(run)
-        command = [sys.executable, "-m", "factorlm", "train", str(recipe.resolve())]
-        threads = str(self.executor.section.threads)
-        return Job(
-            name=run.name,
-            command=(*command, "--runs-dir", str(self.folder.path.resolve())),
-            folder=Path.cwd(),
-            log=self.folder.log(run).resolve(),
-            stop_file=self._stop_file.resolve(),
-            env={"OMP_NUM_THREADS": threads},
-        )
+        return self.folder.job(run, self.executor.section.threads)
 
     def _wait(self) -> None:
         """Until what was asked to end has ended."""
         while self.running:
             self._collect()
             time.sleep(min(self.poll_seconds, 0.2))
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(line.rpartition("\r")[2] for line in lines[-LOG_LINES:])

@@ -10,7 +10,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from factorlm.config import check
@@ -40,6 +40,11 @@ class Job:
     """Over the environment."""
 
 
+def on_gpu(job: Job, gpu: str) -> Job:
+    """The job on that GPU alone, as ``CUDA_VISIBLE_DEVICES`` names it; on none if it is empty."""
+    return replace(job, env={**job.env, "CUDA_VISIBLE_DEVICES": gpu})
+
+
 class Handle(ABC):
     """A job that was handed over."""
 
@@ -66,6 +71,11 @@ class Executor(ABC):
     @abstractmethod
     def submit(self, job: Job) -> Handle:
         """Start a job, or queue it where the cluster is busy."""
+
+    def find(self, job: Job) -> Handle | None:
+        """The same job as an earlier executor submitted it, if it still waits or runs and can be
+        found. (A run that holds its folder is found by that.)"""
+        return None
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Let go of the cluster."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from dataclasses import replace
 
 import torch
 
 from factorlm.config import check
 from factorlm.measure.hardware import num_cpu_cores
 from factorlm.scaling.ladder.config import ExecutorSection
-from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, start
+from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, on_gpu, start
 
 
 class Process(Handle):
@@ -33,15 +32,15 @@ class Process(Handle):
 
 @EXECUTORS.register("local")
 class LocalExecutor(Executor):
-    """One process a run: on the CPU as many as cores have room for, else one a GPU."""
+    """One process a run: one a GPU where there are any, else as many as cores have room for."""
 
     def __init__(self, section: ExecutorSection) -> None:
         super().__init__(section)
         options = section.options
         check(not options, f"executor.options={options}: 'local' takes none")
-        self.devices = _devices() if section.gpus else []
+        self.devices = [] if section.gpus == 0 else _devices()
         check(
-            not section.gpus or bool(self.devices),
+            section.gpus != 1 or bool(self.devices),
             f"executor.gpus={section.gpus}: this machine has no CUDA device",
         )
         self.running: dict[str, Process] = {}
@@ -54,16 +53,13 @@ class LocalExecutor(Executor):
         return self.section.workers or max(1, num_cpu_cores() // self.section.threads)
 
     def submit(self, job: Job) -> Process:
-        """Start it, on a GPU of its own where runs have one."""
-        env = dict(job.env)
-        if self.devices:
-            busy = {gpu for gpu, process in self.running.items() if process.poll() is None}
-            gpu = next(gpu for gpu in self.devices if gpu not in busy)
-            env["CUDA_VISIBLE_DEVICES"] = gpu
-        process = Process(start(replace(job, env=env)))
-        if self.devices:
-            self.running[gpu] = process
-        return process
+        """Start it, on a GPU of its own or on none."""
+        if not self.devices:
+            return Process(start(on_gpu(job, "")))
+        busy = {gpu for gpu, process in self.running.items() if process.poll() is None}
+        gpu = next(gpu for gpu in self.devices if gpu not in busy)
+        self.running[gpu] = Process(start(on_gpu(job, gpu)))
+        return self.running[gpu]
 
 
 def _devices() -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from factorlm.config import check
 from factorlm.errors import ConfigError
 from factorlm.scaling.ladder.config import ExecutorSection
-from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, run_job
+from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, on_gpu, run_job
 
 
 class Task(Handle):
@@ -59,24 +58,30 @@ class RayExecutor(Executor):
             raise ConfigError(f"executor.options={section.options}: {error}") from None
         self.task = ray.remote(run_job)
 
+        there = ray.cluster_resources()
+        self.gpus = int(there.get("GPU", 0) > 0) if section.gpus is None else section.gpus
+        if self._room() < 1:
+            self.close()
+            raise ConfigError(
+                f"executor.threads={section.threads}, gpus={self.gpus}: the Ray cluster has "
+                f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"
+            )
+
     @property
     def slots(self) -> int:
-        """``workers``; without it what the cluster has room for."""
+        """``workers``; without it what the cluster has room for now, and at least one."""
+        return self.section.workers or max(1, self._room())
+
+    def _room(self) -> int:
         there = self.ray.cluster_resources()
         room = int(there.get("CPU", 0)) // self.section.threads
-        if self.section.gpus:
-            room = min(room, int(there.get("GPU", 0)))
-        check(
-            room >= 1,
-            f"executor.threads={self.section.threads}, gpus={self.section.gpus}: the Ray cluster "
-            f"has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs",
-        )
-        return self.section.workers or room
+        return min(room, int(there.get("GPU", 0))) if self.gpus else room
 
     def submit(self, job: Job) -> Task:
         """A task with the CPUs and GPU of one run; Ray itself does not try it again."""
-        options = {"num_cpus": self.section.threads, "num_gpus": self.section.gpus}
+        options = {"num_cpus": self.section.threads, "num_gpus": self.gpus}
         remote = self.task.options(**options, max_retries=0, name=job.name)
+        job = job if self.gpus else on_gpu(job, "")
         return Task(self.ray, remote.remote(job), job)
 
     def close(self) -> None:

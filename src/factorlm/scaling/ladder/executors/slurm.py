@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from factorlm.errors import ConfigError
 from factorlm.scaling.ladder.config import ExecutorSection
-from factorlm.scaling.ladder.executors.base import EXECUTORS, Executor, Handle, Job, run_job
+from factorlm.scaling.ladder.executors.base import (
+    EXECUTORS,
+    INTERRUPTED,
+    Executor,
+    Handle,
+    Job,
+    on_gpu,
+    run_job,
+)
 
 DEFAULT_WORKERS = 16
 
@@ -18,11 +28,12 @@ class SlurmJob(Handle):
         self.submitted = submitted
         self.job = job
         self.errors = errors
+        self.is_stopping = False
 
     def poll(self) -> int | None:
         """The exit code of the process; 1 if the job itself was lost or cancelled."""
         if not self.submitted.done():
-            return None
+            return INTERRUPTED if self.is_stopping and self._cancelled() else None
         try:
             return int(self.submitted.result())
         except self.errors as error:
@@ -31,8 +42,20 @@ class SlurmJob(Handle):
             return 1
 
     def stop(self) -> None:
-        """By the stop file; a job that still waits in Slurm's queue ends when it begins."""
+        """By the stop file; what still waits in Slurm's queue is cancelled by the next ``poll``."""
         self.job.stop_file.touch()
+        self.is_stopping = True
+
+    def _cancelled(self) -> bool:
+        """Whether it waits no more in Slurm's queue; what runs is left to the stop file."""
+        modes = ("standard", "force")  # Slurm is asked anew only if it did wait when last seen
+        if any(self.submitted.get_info(mode=mode).get("State") != "PENDING" for mode in modes):
+            return False
+        try:
+            self.submitted.cancel()
+        except subprocess.CalledProcessError:
+            return False
+        return True
 
 
 @EXECUTORS.register("slurm")
@@ -60,15 +83,39 @@ class SlurmExecutor(Executor):
         options = {"timeout_min": 24 * 60} | self.section.options
         cluster = options.pop("cluster", "slurm")
         parameters = {"name": job.name, "tasks_per_node": 1, "nodes": 1}
-        parameters |= {"gpus_per_node": self.section.gpus}
+        if self.section.gpus is not None:
+            parameters["gpus_per_node"] = self.section.gpus
         if cluster == "slurm":
             parameters["cpus_per_task"] = self.section.threads
         try:
-            executor = self.submitit.AutoExecutor(
-                folder=job.log.parent / "slurm" / "%j", cluster=cluster
-            )
+            executor = self.submitit.AutoExecutor(folder=_folder(job), cluster=cluster)
             executor.update_parameters(**(parameters | options))
         except (RuntimeError, TypeError, ValueError, NameError) as error:
             raise ConfigError(f"executor.options={self.section.options}: {error}") from None
+        job = on_gpu(job, "") if self.section.gpus == 0 else job
         submitted = executor.submit(run_job, job)
+        if cluster == "slurm":
+            _note(job).write_text(f"{submitted.job_id}\n")
+        return self._handle(submitted, job)
+
+    def find(self, job: Job) -> SlurmJob | None:
+        """By the id beside the job's log, if Slurm says that it waits or runs."""
+        if not _note(job).exists():
+            return None
+        job_id = _note(job).read_text().strip()
+        submitted = self.submitit.SlurmJob(folder=_folder(job), job_id=job_id)
+        if submitted.done(force_check=True) or submitted.state == "UNKNOWN":
+            return None
+        return self._handle(submitted, job)
+
+    def _handle(self, submitted: Any, job: Job) -> SlurmJob:
         return SlurmJob(submitted, job, self.submitit.core.utils.UncompletedJobError)
+
+
+def _folder(job: Job) -> Path:
+    return job.log.parent / "slurm" / "%j"
+
+
+def _note(job: Job) -> Path:
+    """Has the id of the job that was submitted last."""
+    return job.log.with_suffix(".slurm")
