@@ -82,7 +82,7 @@ class BudgetSection(Config):
     guide they are met by its share, without one by more tokens. None: no budget."""
     count: Literal["model_flops", "executed_flops"] = "model_flops"
     """Which FLOPs: the papers' convention, or what is run, merged guides and the optimizer's
-    matmuls included."""
+    matmuls included; not what ``parallel.activation_checkpointing`` computes again."""
 
     def __post_init__(self) -> None:
         flops = self.flops

@@ -128,7 +128,18 @@ def describe(config: TrainConfig) -> Description:
 
 
 def plan_steps(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
-    """The steps of ``config``'s run; ``model`` is its model without guides, on any device."""
+    """The steps of ``config``'s run; ``model`` is its model without guides, on any device.
+
+    How many there are follows from what is learned: a budget is solved without what activation
+    checkpointing computes again, which a resumed run may change. The plan's costs include it.
+    """
+    parallel = config.parallel.replace(activation_checkpointing=False)
+    plan = _solve(config.replace(parallel=parallel), model)
+    guided_step = None if plan.guide is None else _guided_step_flops(config, model)
+    return dataclasses.replace(plan, step=_step_flops(config, model), guided_step=guided_step)
+
+
+def _solve(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
     section, budget = config.guide, config.budget
     step = _step_flops(config, model)
     flops = budget.flops
@@ -145,14 +156,7 @@ def plan_steps(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
         variant=section.variant,
         seed=config.seed,
     )
-    guided_step = guide_flops(
-        model,
-        tokens_per_step=config.tokens_per_step,
-        tokens_per_forward=_rows_per_forward(config) * config.data.context_length,
-        optimizer=config.optimizer.kind,
-        form=section.form,
-        activation_checkpointing=config.parallel.activation_checkpointing,
-    )
+    guided_step = _guided_step_flops(config, model)
     return plan_guided(config.num_steps, step, guided_step, guide, budget=flops, count=budget.count)
 
 
@@ -178,6 +182,17 @@ def _step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
         num_tokens=config.tokens_per_step,
         num_steps=1,
         optimizer=config.optimizer.kind,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+    )
+
+
+def _guided_step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
+    return guide_flops(
+        model,
+        tokens_per_step=config.tokens_per_step,
+        tokens_per_forward=_rows_per_forward(config) * config.data.context_length,
+        optimizer=config.optimizer.kind,
+        form=config.guide.form,
         activation_checkpointing=config.parallel.activation_checkpointing,
     )
 
