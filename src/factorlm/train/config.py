@@ -338,6 +338,16 @@ class TrainConfig(Config):
         """Tokens predicted in one optimizer step, over all processes."""
         return self.batch.num_sequences * self.data.context_length
 
+    def rows_per_forward(self, num_processes: int = 1) -> int:
+        """Sequences of one forward pass of one of ``num_processes``."""
+        count = self.batch.num_sequences
+        check(
+            count % num_processes == 0,
+            f"batch.num_sequences={count} must be a multiple of the {num_processes} processes",
+        )
+        local = count // num_processes
+        return min(self.batch.micro_batch or local, local)
+
     @property
     def num_steps(self) -> int:
         """Optimizer steps that ``batch`` states; a ``budget`` may give the run more or fewer."""

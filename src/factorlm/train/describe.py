@@ -43,6 +43,8 @@ class Description:
     """Of one token in a sequence of ``data.context_length``."""
     plan: StepPlan
     """The run's steps, and which of them are guided."""
+    micro_batch: int
+    """Sequences of one forward pass."""
     memory: MemoryEstimate
     """Of one process that holds the whole model, with the guides that a run begins with."""
     precision: str
@@ -59,11 +61,6 @@ class Description:
     def num_tokens(self) -> int:
         """Tokens of the whole run: those of its whole steps, replayed ones included."""
         return self.plan.num_steps * self.config.tokens_per_step
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of one forward pass."""
-        return _rows_per_forward(self.config)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON with stable keys and a unit in every name: ``docs/reference/describe.md``."""
@@ -108,10 +105,11 @@ def group_swaps(report: SwapReport) -> list[SwapGroup]:
     return [SwapGroup(number, alike[key]) for key, number in counts.items()]
 
 
-def describe(config: TrainConfig) -> Description:
+def describe(config: TrainConfig, *, num_processes: int = 1) -> Description:
     """Build ``config``'s model on the meta device and count. Raises ``ConfigError``."""
     model, swaps = build_model(config)
-    params, plan = count_params(model), plan_steps(config, model)
+    params, plan = count_params(model), plan_steps(config, model, num_processes=num_processes)
+    micro_batch = config.rows_per_forward(num_processes)
     forward = flops_per_token(model, config.data.context_length)
     if plan.guide is not None:
         attach_guides_(model)
@@ -121,22 +119,24 @@ def describe(config: TrainConfig) -> Description:
         params=params,
         forward=forward,
         plan=plan,
-        memory=_memory(config, model),
+        micro_batch=micro_batch,
+        memory=_memory(config, model, micro_batch),
         precision=_precision(config),
         swaps=swaps,
     )
 
 
-def plan_steps(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
+def plan_steps(config: TrainConfig, model: PreTrainedModel, *, num_processes: int = 1) -> StepPlan:
     """The steps of ``config``'s run; ``model`` is its model without guides, on any device.
 
-    How many there are follows from what is learned: a budget is solved without what activation
-    checkpointing computes again, which a resumed run may change. The plan's costs include it.
+    How many there are follows from what is learned: a budget is solved as for one process and
+    without what activation checkpointing computes again, since a resumed run may change both. The
+    costs in the plan are those of ``num_processes``, recomputed activations included.
     """
     parallel = config.parallel.replace(activation_checkpointing=False)
     plan = _solve(config.replace(parallel=parallel), model)
-    guided_step = None if plan.guide is None else _guided_step_flops(config, model)
-    return dataclasses.replace(plan, step=_step_flops(config, model), guided_step=guided_step)
+    guided = None if plan.guide is None else _guided_step_flops(config, model, num_processes)
+    return dataclasses.replace(plan, step=_step_flops(config, model), guided_step=guided)
 
 
 def _solve(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
@@ -160,19 +160,15 @@ def _solve(config: TrainConfig, model: PreTrainedModel) -> StepPlan:
     return plan_guided(config.num_steps, step, guided_step, guide, budget=flops, count=budget.count)
 
 
-def _memory(config: TrainConfig, model: PreTrainedModel) -> MemoryEstimate:
+def _memory(config: TrainConfig, model: PreTrainedModel, micro_batch: int) -> MemoryEstimate:
     return estimate_memory(
         model,
-        micro_batch=_rows_per_forward(config),
+        micro_batch=micro_batch,
         seq_len=config.data.context_length,
         precision=_precision(config),
         activation_checkpointing=config.parallel.activation_checkpointing,
         optimizer=config.optimizer.kind,
     )
-
-
-def _rows_per_forward(config: TrainConfig) -> int:
-    return config.batch.micro_batch or config.batch.num_sequences
 
 
 def _step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
@@ -186,14 +182,17 @@ def _step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
     )
 
 
-def _guided_step_flops(config: TrainConfig, model: PreTrainedModel) -> TrainingFlops:
+def _guided_step_flops(
+    config: TrainConfig, model: PreTrainedModel, num_processes: int = 1
+) -> TrainingFlops:
     return guide_flops(
         model,
         tokens_per_step=config.tokens_per_step,
-        tokens_per_forward=_rows_per_forward(config) * config.data.context_length,
+        tokens_per_forward=config.rows_per_forward(num_processes) * config.data.context_length,
         optimizer=config.optimizer.kind,
         form=config.guide.form,
         activation_checkpointing=config.parallel.activation_checkpointing,
+        num_processes=num_processes,
     )
 
 

@@ -100,7 +100,8 @@ class Trainer:
             self.world.stop()
 
     def _fit(self) -> RunResult:
-        described = describe(self.config)  # before the folder is claimed: it refuses bad recipes
+        # Before the folder is claimed: it refuses bad recipes.
+        described = describe(self.config, num_processes=self.world.size)
         self.plan = described.plan
         with self.run.claimed(self.config, self.world):
             if self.run.is_finished(self.world):
@@ -149,7 +150,7 @@ class Trainer:
             self._loss,
             self.dataset,
             context_length=config.data.context_length,
-            batch_size=config.eval.num_sequences or self._rows_per_forward,
+            batch_size=config.eval.num_sequences or config.rows_per_forward(world.size),
             world=world,
             stop=self._stop,
             on_progress=lambda done, total: self._call("on_eval_progress", done, total),
@@ -285,13 +286,8 @@ class Trainer:
 
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         batch = torch.from_numpy(self.loader.batch(self.plan.data_step(step))).to(self.world.device)
-        parts = batch.split(self._rows_per_forward)
+        parts = batch.split(self.config.rows_per_forward(self.world.size))
         return [(rows[:, :-1], rows[:, 1:]) for rows in parts]
-
-    @property
-    def _rows_per_forward(self) -> int:
-        local = self.config.batch.num_sequences // self.world.size
-        return min(self.config.batch.micro_batch or local, local)
 
     def _precision(self) -> torch.autocast:
         enabled = self.matmul_dtype != torch.float32

@@ -1,0 +1,70 @@
+"""Self-guided runs of two processes: what is counted, how they begin, and how they resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from factorlm.errors import ConfigError
+from factorlm.testing import run_distributed
+from factorlm.train import TrainConfig
+from factorlm.train.describe import describe
+from factorlm.train.trainer import Trainer
+
+MakeValues = Callable[..., dict[str, Any]]
+BUDGET = {"flops": "dense", "count": "executed_flops"}
+
+
+def guide(**fields: Any) -> dict[str, Any]:
+    return {"variant": "full", "share": 0.5} | fields
+
+
+class FlopsCounted(Trainer):
+    """Counts the matmuls of every step's passes on this process."""
+
+    def _backward(self, step: int) -> torch.Tensor:
+        with FlopCounterMode(display=False) as counter:
+            loss = super()._backward(step)
+        self.flops = [*getattr(self, "flops", []), counter.get_total_flops()]
+        return loss
+
+
+def flops_of_a_guide(values: dict[str, Any], runs: str) -> tuple[int, int]:
+    """What the guided first step of two took more than the other one, on this process; and what
+    the plan says of all processes."""
+    trainer = FlopsCounted(TrainConfig.from_dict(values), runs_dir=runs)
+    trainer.fit()
+    assert trainer.plan.guided_step is not None
+    return trainer.flops[0] - trainer.flops[1], trainer.plan.guided_step.executed_flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "num_sequences"), [("ddp", 2), ("ddp", 8), ("fsdp2", 8)])
+def test_a_guide_is_counted_as_two_processes_run_it(
+    tiny_values: MakeValues, tmp_path: Path, strategy: str, num_sequences: int
+) -> None:
+    """Merging pays from 22 tokens a pass on: not for one sequence of 16, but for two; and each
+    process merges."""
+    values = tiny_values(
+        guide=guide(),
+        batch={"num_sequences": num_sequences, "num_steps": 2},
+        parallel={"strategy": strategy},
+    )
+    found = run_distributed(flops_of_a_guide, 2, values, str(tmp_path))
+    assert sum(own for own, _ in found) == found[0][1] == found[1][1]
+
+
+def test_the_number_of_processes_changes_no_step(tiny_values: MakeValues) -> None:
+    """A run may be resumed on another number of them."""
+    values = tiny_values(guide=guide(share=None), budget=BUDGET, batch={"num_steps": 200})
+    config = TrainConfig.from_dict(values)
+    one, eight = (describe(config, num_processes=number).plan for number in (1, 8))
+    assert (one.num_steps, one.guide) == (eight.num_steps, eight.guide)
+    assert one.guided_step != eight.guided_step
+    with pytest.raises(ConfigError, match="num_sequences=8 must be a multiple of the 3 processes"):
+        describe(config, num_processes=3)
