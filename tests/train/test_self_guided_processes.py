@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from factorlm.distributed import World
 from factorlm.errors import ConfigError
+from factorlm.surgery import guided_layers
 from factorlm.testing import run_distributed
-from factorlm.train import TrainConfig
+from factorlm.train import TrainConfig, assemble, parallelize
 from factorlm.train.describe import describe
 from factorlm.train.trainer import Trainer
 
@@ -68,3 +70,30 @@ def test_the_number_of_processes_changes_no_step(tiny_values: MakeValues) -> Non
     assert one.guided_step != eight.guided_step
     with pytest.raises(ConfigError, match="num_sequences=8 must be a multiple of the 3 processes"):
         describe(config, num_processes=3)
+
+
+def unlike_guides(values: dict[str, Any]) -> list[torch.Tensor]:
+    """The guides of a process whose CPU rounds in its own way, once it is one of two."""
+
+    def build_model(*args: Any, **kwargs: Any) -> Any:
+        model, report = assemble.build_model(*args, **kwargs)
+        for layer in guided_layers(model).values():
+            layer.guide.weight.data *= 1 + 1e-6 * world.rank
+        return model, report
+
+    world = World.start("cpu")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallelize, "build_model", build_model)
+            config = TrainConfig.from_dict(values)
+            model = parallelize.parallelize_model(config, world, guided=True).model
+        return [layer.guide.weight.detach() for layer in guided_layers(model).values()]
+    finally:
+        world.stop()
+
+
+@pytest.mark.slow
+def test_replicas_begin_with_one_guide(tiny_values: MakeValues) -> None:
+    mine, theirs = run_distributed(unlike_guides, 2, tiny_values(guide=guide()))
+    assert mine
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
