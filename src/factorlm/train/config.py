@@ -59,7 +59,7 @@ class GuideSection(Config):
     """``full``: the guide runs in every step while it is there; ``stochastic``: with probability α,
     which halves its cost; ``none``: the control. ``auto``: ``full`` for a structured model with
     fresh weights, within the executed FLOPs of its dense counterpart where neither ``share`` nor
-    ``budget.flops`` is stated (reports/quality); else ``none``."""
+    ``budget.flops`` is stated (reports/quality), if these leave a step for it; else ``none``."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the guide's share α goes from 1 to 0."""
     share: float | None = None
@@ -311,14 +311,18 @@ class TrainConfig(Config):
         self._check_guide()
 
     def _choose_guide(self) -> None:
-        """Put what ``auto`` means into the fields, so that the run's own config says it."""
+        """Say ``none`` in the place of ``auto`` where it can mean nothing else; for the rest it
+        takes FLOPs, which ``describe`` counts."""
         is_structured = bool(self.structure) and self.structure.get("structure") != "dense"
-        guided = is_structured and self.model.init_from is None
-        variant = "full" if guided else "none"
-        object.__setattr__(self, "guide", self.guide.replace(variant=variant))
-        if guided and self.guide.share is None and self.budget.flops is None:
+        if not is_structured or self.model.init_from is not None:
+            object.__setattr__(self, "guide", self.guide.replace(variant="none"))
+
+    def with_guide(self) -> TrainConfig:
+        """Itself with the guide and, where none is stated, the budget that ``auto`` means."""
+        budget = self.budget
+        if self.guide.share is None and budget.flops is None:
             budget = BudgetSection(flops="dense", count="executed_flops")
-            object.__setattr__(self, "budget", budget)
+        return self.replace(guide=self.guide.replace(variant="full"), budget=budget)
 
     def _check_guide(self) -> None:
         guide, flops = self.guide, self.budget.flops
@@ -330,7 +334,8 @@ class TrainConfig(Config):
             "guide",
         )
         check(
-            (guide.share is None) != (flops is None),
+            (guide.share is None) != (flops is None)
+            or (guide.variant == "auto" and guide.share is None),
             f"guide.share={guide.share} and budget.flops={flops}: state exactly one",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from factorlm.records import EventRecord, StepRecord
 from factorlm.train.callbacks import Callback, RecordWriter
 from factorlm.train.checkpoint import checkpoint_step
 from factorlm.train.config import TrainConfig
-from factorlm.train.describe import describe
+from factorlm.train.describe import GUIDE_LEFT_OUT, describe
 from factorlm.train.facts import open_data, resume_facts, run_record
 from factorlm.train.metrics import trackers
 from factorlm.train.monitor import Monitor
@@ -102,7 +103,9 @@ class Trainer:
     def _fit(self) -> RunResult:
         # Before the folder is claimed: it refuses bad recipes.
         described = describe(self.config, num_processes=self.world.size)
-        self.plan = described.plan
+        self.config, self.plan = described.config, described.plan
+        if described.guide_left_out and self.world.is_main:
+            warnings.warn(GUIDE_LEFT_OUT, stacklevel=2)
         with self.run.claimed(self.config, self.world):
             if self.run.is_finished(self.world):
                 self.state = RunState(step=self.plan.num_steps)
