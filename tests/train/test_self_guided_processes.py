@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorlm.distributed import World
-from factorlm.errors import ConfigError
+from factorlm.errors import ConfigError, InterruptedRun
+from factorlm.records import RecordFile, StepRecord
 from factorlm.surgery import guided_layers
 from factorlm.testing import run_distributed
 from factorlm.train import TrainConfig, assemble, parallelize
@@ -97,3 +101,73 @@ def test_replicas_begin_with_one_guide(tiny_values: MakeValues) -> None:
     mine, theirs = run_distributed(unlike_guides, 2, tiny_values(guide=guide()))
     assert mine
     assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+class Stopped(Trainer):
+    """Gets a signal in its sixth step."""
+
+    def _step(self) -> None:
+        super()._step()
+        if self.state.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def losses(trainer: Trainer) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step."""
+    trainer.fit()
+    records = RecordFile(trainer.run.records.path)
+    return [(r.loss, r.grad_norm) for r in records if isinstance(r, StepRecord)]
+
+
+def whole_and_cut(recipes: list[dict[str, Any]], runs: str) -> list[Any]:
+    """Of every recipe: the losses of a run at once, and of one that was stopped and resumed."""
+    leave, found = World.stop, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "stop", lambda world: None)  # all runs in one process group
+        for values in recipes:
+            config = TrainConfig.from_dict(values)
+            whole = losses(Trainer(config, runs_dir=f"{runs}/whole"))
+            stopped = Stopped(config, runs_dir=f"{runs}/cut")
+            with pytest.raises(InterruptedRun):
+                stopped.fit()
+            assert stopped.plan.guide is not None
+            assert 6 < stopped.plan.guide.num_steps < stopped.plan.num_steps
+            resumed = Trainer(config, runs_dir=f"{runs}/cut")
+            found.append((whole, losses(resumed)))
+            assert resumed.checkpoint is not None
+    leave(resumed.world)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_resumed_amid_guidance_is_bit_equal(
+    tiny_values: MakeValues, tmp_path: Path, strategy: str
+) -> None:
+    """With the optimizers that keep more than moments, on flat and on block factors."""
+    structures = {
+        "muon": {"structure": "low_rank", "rank": 8},
+        "spectron": {"structure": "block_shuffle", "num_blocks": 4},
+    }
+    recipes = [
+        tiny_values(
+            name=kind,
+            structure=structure,
+            guide=guide(variant="stochastic", share=0.75),
+            optimizer={"kind": kind},
+            batch={"micro_batch": 2, "num_steps": 12},
+            parallel={"strategy": strategy},
+        )
+        for kind, structure in structures.items()
+    ]
+    for found in run_distributed(whole_and_cut, 2, recipes, str(tmp_path)):
+        for whole, cut in found:
+            assert len(whole) == 12
+            assert cut == whole
+    for kind in structures:
+        one, two = (
+            load_file(tmp_path / folder / kind / "model" / "model.safetensors")
+            for folder in ("whole", "cut")
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
