@@ -285,6 +285,8 @@ class Queue:
                 command, stdout=log, stderr=log, env=env, start_new_session=True
             )
             self.children.append(child)
+            if self.stopped:  # in between: nothing has told this one
+                child.send_signal(signal.SIGTERM)
             return child.wait()
 
     def stop(self) -> None:

@@ -75,6 +75,31 @@ def step_times() -> Mapping[str, float]:
     return times
 
 
+def all_times(
+    found: Mapping[str, Mapping[str, list[Result]]], times: Mapping[str, float]
+) -> dict[str, float]:
+    """``times``, and for rows that are not in it those of a row that differs in its rate alone."""
+    configs = {row: alike(next(iter(points.values()))[0]) for row, points in found.items()}
+    filled = dict(times)
+    for ending in ("", " guided"):
+        known = {
+            configs[row]: times[row + ending] for row in reversed(configs) if row + ending in times
+        }
+        for row, config in configs.items():
+            if config in known:
+                filled.setdefault(row + ending, known[config])
+    return filled
+
+
+def alike(result: Result) -> str:
+    """What a step computes, but for its guide; the learning rate makes no difference."""
+    config = result.run.config
+    optimizer = config["optimizer"] | {"learning_rate": None}
+    batch = config["batch"] | {"num_steps": None, "num_tokens": None}
+    parts = [config["model"], config["structure"], config["data"], optimizer, batch]
+    return json.dumps(parts, sort_keys=True)
+
+
 def minutes(result: Result, row: str, times: Mapping[str, float]) -> str:
     """Wall time of a run on one thread, from steps timed alone."""
     guided = result.run.num_guide_steps
@@ -96,13 +121,18 @@ def full_runs(results: Mapping[str, Result]) -> dict[str, dict[str, list[Result]
     return dict(sorted(found.items(), key=lambda item: min(map(mean_loss, item[1].values()))))
 
 
+def is_longer(row: str) -> bool:
+    """Whether a row has more tokens than the others, which no loss can be compared over."""
+    return row.startswith("longer")
+
+
 def mean_loss(results: list[Result]) -> float:
     return statistics.mean(result.loss for result in results)
 
 
 def full_table(found: Mapping[str, Mapping[str, list[Result]]]) -> str:
     """Rows against points, over seeds."""
-    times = step_times()
+    times = all_times(found, step_times())
     rows = []
     for row, points in found.items():
         cells = [interval([r.loss for r in points[p]]) if p in points else "" for p in COLUMNS]
@@ -136,7 +166,7 @@ def difference_table(
     rows = []
     for name, points in found.items():
         for column, results in points.items():
-            if name != row and not name.startswith("longer"):
+            if name != row and not is_longer(name):
                 seeds = {r.run.config["seed"]: r.loss for r in results}
                 pairs = [loss - base[seed] for seed, loss in seeds.items() if seed in base]
                 rows.append((statistics.mean(pairs), f"{name}-{column}", interval(pairs)))
@@ -212,7 +242,11 @@ def main() -> None:
     parts = ["<!-- written by benchmarks/quality_report.py -->\n"]
     parts.append(f"# Results so far: {len(results)} runs\n")
     found = full_runs(results)
-    parts.append("## At the full number of tokens\n\n" + full_table(found) + "\n")
+    longer = {row: points for row, points in found.items() if is_longer(row)}
+    full = {row: points for row, points in found.items() if row not in longer}
+    parts.append("## At the full number of tokens\n\n" + full_table(full) + "\n")
+    if longer:
+        parts.append("## With three times the tokens\n\n" + full_table(longer) + "\n")
     parts.append("## Against the best dense row\n\n" + difference_table(found) + "\n")
     parts.append("## What guidance wins\n\n" + guidance_table(found) + "\n")
     parts.append("## What each run spent\n\n" + spent_table(found) + "\n")

@@ -29,13 +29,15 @@ STEPS = 6
 
 
 def configs() -> dict[str, TrainConfig]:
-    """Row, and ``<row> guided`` where it has a point G, as runs of a few steps."""
+    """Row, and ``<row> guided`` where it has a point G or F, as runs of a few steps."""
     values = load_plan()
     found: dict[str, TrainConfig] = {}
     for run in Plan(values, load_losses()).runs():
         row, _, point = run.name.removesuffix("-s0").rpartition("-")
         if run.name.endswith("-s0"):
-            found[f"{row} guided" if point in "GF" else row] = few_steps(run, values["recipes"])
+            found[row] = few_steps(run, values["recipes"])
+            if point in "GF":
+                found[f"{row} guided"] = few_steps(run, values["recipes"], guided=True)
     return found
 
 
@@ -46,12 +48,13 @@ def alike(config: TrainConfig) -> str:
     return json.dumps(plain)
 
 
-def few_steps(run: Run, recipes: str) -> TrainConfig:
+def few_steps(run: Run, recipes: str, *, guided: bool = False) -> TrainConfig:
+    """``run`` cut short, all of its steps with a guide or none."""
     plain: dict[str, Any] = run.config(recipes).to_dict()
     plain["batch"] |= {"num_steps": WARM_UP + STEPS, "num_tokens": None}
     plain["budget"]["flops"] = None
-    if plain["guide"]["variant"] != "none":
-        plain["guide"]["share"] = 1.0
+    variant = {"variant": "full", "share": 1.0} if guided else {"variant": "none", "share": None}
+    plain["guide"] |= variant
     plain["eval"] = {"every_steps": None, "num_tokens": 1, "final_num_tokens": 1}
     return TrainConfig.from_dict(plain)
 

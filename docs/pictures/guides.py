@@ -53,7 +53,7 @@ def _path(axes: Axes, x: float, y: float, share: float, color: str, label: str) 
 
 def _steps(axes: Axes) -> None:
     """α over the steps, and in which of them the stochastic variant runs the guide."""
-    schedule = GuideSchedule(num_steps=NUM_GUIDED, seed=7)
+    schedule = GuideSchedule(num_steps=NUM_GUIDED, variant="stochastic", seed=7)
     for step in range(NUM_STEPS + NUM_GUIDED):
         alpha = schedule.alpha_at(step)
         if schedule.is_guided(step):

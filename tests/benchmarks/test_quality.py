@@ -42,6 +42,14 @@ def report() -> Any:
 
 
 @pytest.fixture
+def steps(quality: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(quality, "REPORT", ROOT / "reports" / "quality")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.chdir(ROOT)
+    return load_script("quality_steps")
+
+
+@pytest.fixture
 def values() -> dict[str, Any]:
     found = yaml.safe_load((ROOT / "reports" / "quality" / "plan.yaml").read_text())
     return found | {"recipes": RECIPES}
@@ -172,3 +180,46 @@ def test_differences_are_of_pairs_with_one_seed(report: Any) -> None:
     table = report.difference_table(found).splitlines()[2:]
     assert table == ["| wide-G | -0.2000 |", "| wide-C | -0.1000 ± 0.0000 (2) |"]
     assert report.guidance_table(found).splitlines()[2:] == ["| wide | -0.1000 |"]
+
+
+def test_steps_are_timed_of_every_row_with_its_guide_and_without(steps: Any, values: Any) -> None:
+    """Also of rows with points G or F alone; those that differ by their rate are timed once."""
+    rows = steps.configs()
+    assert set(values["full"]) == {name for name in rows if not name.endswith(" guided")}
+    for name, config in rows.items():
+        assert (config.guide.variant == "full") == name.endswith(" guided"), name
+    assert len(rows) > len({steps.alike(config) for config in rows.values()})
+    pairs = [("wide_h128_rate8", "wide_h128"), ("block_shuffle_half_guided", "block_shuffle_rate8")]
+    for row, other in pairs:
+        assert steps.alike(rows[row]) == steps.alike(rows[other])
+
+
+def test_a_row_that_was_not_timed_takes_as_long_as_one_of_another_rate(report: Any) -> None:
+    results = report.load_results()
+    found = report.full_runs(results)
+    times = {"low_rank_muon_rate8": 100.0, "wide_h128": 300.0, "wide_h128 guided": 500.0}
+    filled = report.all_times(found, times)
+    assert filled == times | {"longer_low_rank": 100.0} | {
+        name + ending: value
+        for name in ("wide_h128_rate4", "wide_h128_rate8")
+        for ending, value in (("", 300.0), (" guided", 500.0))
+    }
+    result = results["wide_h128_rate8-G-s0"]
+    run = result.run
+    took = (run.num_steps - run.num_guide_steps) * 300 + run.num_guide_steps * 500
+    assert report.minutes(result, "wide_h128_rate8", filled) == f"{took / 60000:.1f}"
+
+
+def test_longer_runs_have_a_table_of_their_own(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "records").symlink_to(report.REPORT / "records")
+    monkeypatch.setattr(report, "REPORT", tmp_path)
+    report.main()
+    sections = (tmp_path / "results.md").read_text().split("\n## ")
+    full, longer = (
+        next(part for part in sections if part.startswith(title))
+        for title in ("At the full number of tokens", "With three times the tokens")
+    )
+    assert "| longer_" not in full
+    assert longer.count("\n| longer_") == len(longer.splitlines()[4:])

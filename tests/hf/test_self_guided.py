@@ -79,7 +79,8 @@ def make_trainer(
 
 
 def guidance(**fields: Any) -> SelfGuidedTraining:
-    return SelfGuidedTraining(**({"share": SHARE, "seed": SEED} | fields))
+    values = {"share": SHARE, "seed": SEED, "variant": "stochastic"} | fields
+    return SelfGuidedTraining(**values)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -280,7 +281,7 @@ class TestResume:
         """transformers then makes a callback of its own, from what the checkpoint says."""
         folder, whole, _ = runs()
         fields = {"restore_callback_states_from_checkpoint": True}
-        given = SelfGuidedTraining(share=0.9, seed=7)
+        given = SelfGuidedTraining(share=0.9, seed=7, variant="full")
         trainer = make_trainer(tmp_path, given, model=build(seed=1), **fields)
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
         assert_same(weights(trainer.model), weights(whole.model))

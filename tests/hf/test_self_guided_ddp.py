@@ -94,7 +94,7 @@ def make_trainer(folder: str | Path, *callbacks: TrainerCallback, **fields: Any)
 
 
 def guidance() -> SelfGuidedTraining:
-    return SelfGuidedTraining(share=NUM_GUIDED / NUM_STEPS, seed=SEED)
+    return SelfGuidedTraining(share=NUM_GUIDED / NUM_STEPS, variant="stochastic", seed=SEED)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,8 +18,12 @@ def alphas(**fields) -> list[float]:  # type: ignore[no-untyped-def]
     return [schedule.alpha_at(step) for step in range(schedule.num_steps)]
 
 
+def stochastic(num_steps: int, **fields) -> GuideSchedule:  # type: ignore[no-untyped-def]
+    return GuideSchedule(num_steps=num_steps, variant="stochastic", **fields)
+
+
 def drawn(num_steps: int, **fields) -> list[bool]:  # type: ignore[no-untyped-def]
-    schedule = GuideSchedule(num_steps=num_steps, **fields)
+    schedule = stochastic(num_steps, **fields)
     return [schedule.is_guided(step) for step in range(num_steps)]
 
 
@@ -56,14 +60,16 @@ def test_alpha_does_not_depend_on_variant_nor_seed(variant: str) -> None:
 
 
 def test_full_guides_every_step_of_its_own_and_none_after() -> None:
-    schedule = GuideSchedule(num_steps=5, variant="full")
+    """It is what a schedule does that says nothing else."""
+    schedule = GuideSchedule(num_steps=5)
+    assert schedule.variant == "full"
     assert [schedule.is_guided(step) for step in range(8)] == [True] * 5 + [False] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stochastic_guides_the_first_step_and_none_after_its_own(kind: str) -> None:
     for seed in range(50):
-        schedule = GuideSchedule(num_steps=5, kind=kind, seed=seed)  # type: ignore[arg-type]
+        schedule = stochastic(5, kind=kind, seed=seed)
         assert schedule.is_guided(0), "α is 1"
         assert not any(schedule.is_guided(step) for step in range(5, 50))
 
@@ -71,7 +77,7 @@ def test_stochastic_guides_the_first_step_and_none_after_its_own(kind: str) -> N
 def test_a_draw_depends_on_seed_and_step_alone() -> None:
     """In any order, from any object; a longer schedule, with a larger α, keeps the guided steps."""
     wanted = drawn(200, seed=3)
-    schedule = GuideSchedule(num_steps=200, seed=3)
+    schedule = stochastic(200, seed=3)
     backwards = [schedule.is_guided(step) for step in reversed(range(200))]
     assert backwards[::-1] == wanted
     longer = drawn(400, seed=3)[:200]
@@ -127,7 +133,7 @@ def test_neighbouring_steps_are_drawn_independently() -> None:
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 1000])
 def test_expected_guided_steps_are_half_of_them_and_a_half(kind: str, num_steps: int) -> None:
     """Σ α(t) over t < T is (T + 1) / 2 for either schedule: α(t) + α(T - t) = 1."""
-    schedule = GuideSchedule(num_steps=num_steps, kind=kind)  # type: ignore[arg-type]
+    schedule = stochastic(num_steps, kind=kind)
     assert schedule.expected_guided_steps == pytest.approx((num_steps + 1) / 2)
 
 

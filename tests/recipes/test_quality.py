@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 
 from factorlm.layers import STRUCTURES
+from factorlm.records import RecordFile, RunRecord
 from factorlm.train.describe import describe
 from factorlm.train.recipe import load_recipe
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "quality"
+ROOT = Path(__file__).parents[2]
+FOLDER, REPORT = ROOT / "recipes" / "quality", ROOT / "reports" / "quality"
 BLOCKS = [kind for kind in STRUCTURES if kind.startswith("block")]
-SAME_TOKENS = ["dense", "low_rank_63", "low_rank_32", *(f"{kind}_32" for kind in BLOCKS)]
-GUIDED = ["low_rank_32_guided", *(f"{kind}_32_guided" for kind in BLOCKS)]
-MORE_TOKENS = ["low_rank_32_control", "wide", "wide_gqa"]
+KINDS = ["low_rank", *BLOCKS]
+SHARES = [f"{kind}_{share}" for kind in KINDS for share in ("63", "32")]
+SAME_TOKENS = ["dense", *SHARES]
+GUIDED = [*(f"{kind}_32_guided" for kind in KINDS), "wide_guided"]
+WIDE_BLOCKS = ["wide_block_shuffle", "wide_block_shuffle_gqa"]
+MORE_TOKENS = [*(f"{kind}_32_control" for kind in KINDS), "wide", "wide_gqa", *WIDE_BLOCKS]
 
 
 @cache
@@ -48,6 +53,28 @@ def test_the_dense_flops(name):
     dense = described("dense").training.executed_flops
     assert plan.total.executed_flops == pytest.approx(dense, abs=step)
     assert (plan.guide is not None) == (name in GUIDED)
+
+
+@pytest.mark.parametrize("name", WIDE_BLOCKS)
+def test_the_wide_networks_are_those_of_the_report(name):
+    """What the records of the plan's row of that name were trained with."""
+    row = name.replace("wide_", "wide_h128_")
+    path = REPORT / "records" / f"{row}-C-s0.jsonl"
+    record = next(r for r in RecordFile(path) if isinstance(r, RunRecord))
+    described_here = described(name)
+    config = described_here.config.to_dict()
+    for section in ("model", "structure", "optimizer", "batch", "schedule", "data"):
+        assert config[section] == record.config[section], section
+    assert described_here.plan.num_steps == record.num_steps
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares(name):
+    """Of the weights of FFNs but the first: 5/8 or half of that; block_dense's two linears have
+    different shares, so of both."""
+    share = 0.625 if name.endswith("63") else 0.3125
+    dense = 2 * 96 * 384
+    assert described(name).params.ffn == dense + 3 * share * dense
 
 
 @pytest.mark.parametrize(("share", "rank"), [("63", 48), ("32", 24)])

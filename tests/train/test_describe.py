@@ -63,6 +63,18 @@ def test_how_a_step_is_run_changes_the_executed_flops_alone(section, field, valu
     assert other.plan.guided_step.executed_flops != plain.plan.guided_step.executed_flops
 
 
+@pytest.mark.parametrize("recompute", ["true", "ffn"])
+@pytest.mark.parametrize("name", ["low_rank_32_guided", "low_rank_32_control", "wide"])
+def test_recomputed_activations_change_what_is_counted_and_no_step(name, recompute):
+    """A resumed run may change them, so a budget must give it the same steps."""
+    plain = described(name).plan
+    other = described(name, "--parallel.activation_checkpointing", recompute).plan
+    assert (other.num_steps, other.guide) == (plain.num_steps, plain.guide)
+    assert other.step.executed_flops > plain.step.executed_flops
+    if plain.guided_step is not None:
+        assert other.guided_step.executed_flops != plain.guided_step.executed_flops
+
+
 def test_fixed_steps_guide_a_share_of_them():
     plan = described("low_rank_32_guided", "--guide.share", "0.5", "--budget.flops", "null").plan
     assert (plan.num_steps, plan.num_original_steps, plan.guide.num_steps) == (2160, 2160, 1080)

@@ -87,7 +87,7 @@ def guide(**fields: Any) -> dict[str, Any]:
 
 def test_alpha_and_choices_follow_the_schedule(tiny_values: MakeValues, tmp_path: Path) -> None:
     trainer = run(tiny_values(guide=guide(), batch={"num_steps": 20}), str(tmp_path))
-    schedule = GuideSchedule(num_steps=12, seed=0)
+    schedule = GuideSchedule(num_steps=12, variant="stochastic", seed=0)
     records = steps(trainer)
     for step, record in enumerate(records):
         guided = step < 12

@@ -14,7 +14,13 @@ from factorlm.accounting.budget import (
 from factorlm.accounting.flops import FlopCount, flops_per_token
 from factorlm.accounting.memory import MemoryEstimate, estimate_memory
 from factorlm.accounting.params import ParamCount, count_params
-from factorlm.accounting.plan import StepPlan, guided_share, plan_guided, plan_without_guide
+from factorlm.accounting.plan import (
+    StepPlan,
+    guided_share,
+    plan_guided,
+    plan_without_guide,
+    solved_guide_steps,
+)
 from factorlm.accounting.training import TrainingFlops, guide_flops, training_flops
 
 __all__ = [
@@ -36,5 +42,6 @@ __all__ = [
     "plan_for_params",
     "plan_guided",
     "plan_without_guide",
+    "solved_guide_steps",
     "training_flops",
 ]

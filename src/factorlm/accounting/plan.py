@@ -70,6 +70,22 @@ def guided_share(
     return (budget - structured) / (structured + weight * guide)
 
 
+def solved_guide_steps(
+    num_original_steps: int,
+    step: TrainingFlops,
+    guided_step: TrainingFlops,
+    budget: float,
+    *,
+    variant: Literal["full", "stochastic"],
+    count: FlopsKind = "model_flops",
+) -> int:
+    """The steps to guide, and to replay, so that all together cost ``budget``: ``guided_share`` of
+    the original ones. Under 1 where nothing is left for a guide."""
+    structured = num_original_steps * getattr(step, count)
+    guide = num_original_steps * getattr(guided_step, count)
+    return round(num_original_steps * guided_share(structured, guide, budget, variant=variant))
+
+
 def plan_without_guide(
     num_original_steps: int,
     step: TrainingFlops,
@@ -107,19 +123,18 @@ def plan_guided(
     if budget is None:
         num_steps = num_original_steps
     else:
-        structured = num_original_steps * getattr(step, count)
-        dense = num_original_steps * getattr(guided_step, count)
-        share = guided_share(structured, dense, budget, variant=guide.variant)
-        guide_steps = round(share * num_original_steps)
+        guide_steps = solved_guide_steps(
+            num_original_steps, step, guided_step, budget, variant=guide.variant, count=count
+        )
         check(
             guide_steps >= 1,
             f"budget.flops={budget:.4g} leaves nothing for a guide: the structured steps alone "
-            f"cost {structured:.4g}",
+            f"cost {num_original_steps * getattr(step, count):.4g}",
         )
         check(
             guide_steps <= num_original_steps,
-            f"budget.flops={budget:.4g} would guide {share:.2f} times the original steps: "
-            "state more batch.num_tokens",
+            f"budget.flops={budget:.4g} would guide {guide_steps / num_original_steps:.2f} times "
+            "the original steps: state more batch.num_tokens",
         )
         guide = guide.replace(num_steps=guide_steps)
         num_steps = num_original_steps + guide_steps

@@ -74,14 +74,16 @@ def guide_flops(
     optimizer: str = "adamw",
     form: GuideForm = "auto",
     activation_checkpointing: Recompute = False,
+    num_processes: int = 1,
 ) -> TrainingFlops:
     """What one guided step adds to a step of ``model``, whose structured layers are not guided.
 
     ``form`` is that of ``SelfGuidedLinear``: the two-path form adds the dense matmul, forward and
     backward; the merged form puts it in the place of the structured one, and computes the dense
-    weight once in every pass of ``tokens_per_forward`` tokens.
+    weight once in every pass of ``tokens_per_forward`` tokens. ``tokens_per_step`` counts over
+    ``num_processes``, each of which makes passes of its own.
     """
-    passes = math.ceil(tokens_per_step / tokens_per_forward)
+    passes = num_processes * math.ceil(tokens_per_step / num_processes / tokens_per_forward)
     lasts = {id(layer): is_last for layer, is_last in ffn_layers(model)}
     papers = executed = 0
     for layer in model.modules():

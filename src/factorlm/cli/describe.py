@@ -68,7 +68,7 @@ def _costs(description: Description) -> Table:
         "training FLOPs (the papers' convention)": f"{training.model_flops:.4g}",
         "training FLOPs (executed)": f"{training.executed_flops:.4g}",
         "steps": f"{plan.num_steps:,}",
-        "  with a guide": _number(guide_steps),
+        "  with a guide": "none fits" if description.guide_left_out else _number(guide_steps),
         "  on tokens seen before": _number(plan.num_replayed_steps),
         "tokens per step": f"{config.tokens_per_step:,}",
         "tokens": f"{description.num_tokens:,}",

@@ -41,6 +41,9 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
     then, the checkpoints hold the guides and are marked: they can be resumed, with this callback
     and the same schedule, and bit-equal to a run that was not cut, but not opened as models.
 
+    This is the fixed-step mode. A share that is solved for a budget of FLOPs, the replay of the
+    guided tokens and the control at equal FLOPs are those of ``factorlm train``.
+
     If you make the optimizer yourself, call ``attach_guides_(model)`` first; ``form`` is then
     what that call says. The same goes for guides that a ``model_init`` attaches.
 
@@ -69,7 +72,7 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
         share: float = 0.5,
         *,
         kind: GuideKind = "cosine",
-        variant: GuideVariant = "stochastic",
+        variant: GuideVariant = "full",
         form: GuideForm = "auto",
         seed: int = 0,
     ) -> None:

@@ -26,7 +26,7 @@ class GuideSchedule(Config):
     num_steps: int
     """T: the first step in which there is no guide any more."""
     kind: GuideKind = "cosine"
-    variant: GuideVariant = "stochastic"
+    variant: GuideVariant = "full"
     seed: int = 0
     """Of the choice of steps; it is one for all layers and processes."""
 

@@ -59,7 +59,7 @@ class GuideSection(Config):
     """``full``: the guide runs in every step while it is there; ``stochastic``: with probability α,
     which halves its cost; ``none``: the control. ``auto``: ``full`` for a structured model with
     fresh weights, within the executed FLOPs of its dense counterpart where neither ``share`` nor
-    ``budget.flops`` is stated (reports/quality); else ``none``."""
+    ``budget.flops`` is stated (reports/quality), if these leave a step for it; else ``none``."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the guide's share α goes from 1 to 0."""
     share: float | None = None
@@ -82,7 +82,7 @@ class BudgetSection(Config):
     guide they are met by its share, without one by more tokens. None: no budget."""
     count: Literal["model_flops", "executed_flops"] = "model_flops"
     """Which FLOPs: the papers' convention, or what is run, merged guides and the optimizer's
-    matmuls included."""
+    matmuls included; not what ``parallel.activation_checkpointing`` computes again."""
 
     def __post_init__(self) -> None:
         flops = self.flops
@@ -99,7 +99,8 @@ class OptimizerSection(Config):
     ``spectron``, ``lora_muon``: that rule on pairs of factors, Muon on other hidden matrices, AdamW
     on the rest."""
     learning_rate: float = 8e-3
-    """The peak. AdamW wants a half to a quarter of what Muon wants."""
+    """The peak. At the size and budget of reports/quality a dense model is best at 8e-3 with Muon
+    and with AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
@@ -310,14 +311,18 @@ class TrainConfig(Config):
         self._check_guide()
 
     def _choose_guide(self) -> None:
-        """Put what ``auto`` means into the fields, so that the run's own config says it."""
+        """Say ``none`` in the place of ``auto`` where it can mean nothing else; for the rest it
+        takes FLOPs, which ``describe`` counts."""
         is_structured = bool(self.structure) and self.structure.get("structure") != "dense"
-        guided = is_structured and self.model.init_from is None
-        variant = "full" if guided else "none"
-        object.__setattr__(self, "guide", self.guide.replace(variant=variant))
-        if guided and self.guide.share is None and self.budget.flops is None:
+        if not is_structured or self.model.init_from is not None:
+            object.__setattr__(self, "guide", self.guide.replace(variant="none"))
+
+    def with_guide(self) -> TrainConfig:
+        """Itself with the guide and, where none is stated, the budget that ``auto`` means."""
+        budget = self.budget
+        if self.guide.share is None and budget.flops is None:
             budget = BudgetSection(flops="dense", count="executed_flops")
-            object.__setattr__(self, "budget", budget)
+        return self.replace(guide=self.guide.replace(variant="full"), budget=budget)
 
     def _check_guide(self) -> None:
         guide, flops = self.guide, self.budget.flops
@@ -329,7 +334,8 @@ class TrainConfig(Config):
             "guide",
         )
         check(
-            (guide.share is None) != (flops is None),
+            (guide.share is None) != (flops is None)
+            or (guide.variant == "auto" and guide.share is None),
             f"guide.share={guide.share} and budget.flops={flops}: state exactly one",
         )
 
@@ -337,6 +343,16 @@ class TrainConfig(Config):
     def tokens_per_step(self) -> int:
         """Tokens predicted in one optimizer step, over all processes."""
         return self.batch.num_sequences * self.data.context_length
+
+    def rows_per_forward(self, num_processes: int = 1) -> int:
+        """Sequences of one forward pass of one of ``num_processes``."""
+        count = self.batch.num_sequences
+        check(
+            count % num_processes == 0,
+            f"batch.num_sequences={count} must be a multiple of the {num_processes} processes",
+        )
+        local = count // num_processes
+        return min(self.batch.micro_batch or local, local)
 
     @property
     def num_steps(self) -> int:

@@ -108,10 +108,13 @@ def shard_(module: CausalLMLoss, world: World) -> None:
 
 
 def replicate(module: CausalLMLoss, world: World) -> nn.Module:
-    """DDP where there are several processes."""
+    """DDP where there are several processes; the guides, which it leaves alone, start equal too,
+    also where processors that round differently made them."""
     if world.size == 1:
         return module
     hide_guides_from_ddp(module)
+    for layer in guided_layers(module).values():
+        dist.broadcast(layer.guide.weight.detach(), 0)
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from factorlm.records import EventRecord, StepRecord
 from factorlm.train.callbacks import Callback, RecordWriter
 from factorlm.train.checkpoint import checkpoint_step
 from factorlm.train.config import TrainConfig
-from factorlm.train.describe import describe
+from factorlm.train.describe import GUIDE_LEFT_OUT, describe
 from factorlm.train.facts import open_data, resume_facts, run_record
 from factorlm.train.metrics import trackers
 from factorlm.train.monitor import Monitor
@@ -100,8 +101,11 @@ class Trainer:
             self.world.stop()
 
     def _fit(self) -> RunResult:
-        described = describe(self.config)  # before the folder is claimed: it refuses bad recipes
-        self.plan = described.plan
+        # Before the folder is claimed: it refuses bad recipes.
+        described = describe(self.config, num_processes=self.world.size)
+        self.config, self.plan = described.config, described.plan
+        if described.guide_left_out and self.world.is_main:
+            warnings.warn(GUIDE_LEFT_OUT, stacklevel=2)
         with self.run.claimed(self.config, self.world):
             if self.run.is_finished(self.world):
                 self.state = RunState(step=self.plan.num_steps)
@@ -149,7 +153,7 @@ class Trainer:
             self._loss,
             self.dataset,
             context_length=config.data.context_length,
-            batch_size=config.eval.num_sequences or self._rows_per_forward,
+            batch_size=config.eval.num_sequences or config.rows_per_forward(world.size),
             world=world,
             stop=self._stop,
             on_progress=lambda done, total: self._call("on_eval_progress", done, total),
@@ -285,13 +289,8 @@ class Trainer:
 
     def _micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         batch = torch.from_numpy(self.loader.batch(self.plan.data_step(step))).to(self.world.device)
-        parts = batch.split(self._rows_per_forward)
+        parts = batch.split(self.config.rows_per_forward(self.world.size))
         return [(rows[:, :-1], rows[:, 1:]) for rows in parts]
-
-    @property
-    def _rows_per_forward(self) -> int:
-        local = self.config.batch.num_sequences // self.world.size
-        return min(self.config.batch.micro_batch or local, local)
 
     def _precision(self) -> torch.autocast:
         enabled = self.matmul_dtype != torch.float32

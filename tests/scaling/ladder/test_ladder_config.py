@@ -11,6 +11,7 @@ from tests.scaling.ladder.conftest import size_sections
 
 from factorlm.errors import ConfigError
 from factorlm.scaling.ladder.config import LadderFile, load_ladder
+from factorlm.scaling.ladder.plan import Plan
 
 TUNE = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
 
@@ -81,12 +82,15 @@ def test_a_family_states_sizes_otherwise(ladder: Callable[..., LadderFile]) -> N
 def test_a_structured_family_has_the_default_guide_unless_one_is_stated(
     ladder: Callable[..., LadderFile],
 ) -> None:
-    path = ladder()
+    """In the words of the runs' records, which a ladder that goes on is compared with."""
+    path = ladder(tokens={"rule": "fixed", "num_tokens": 200 * 128}, sizes={"b": size_sections(16)})
     base = {key: value for key, value in path.base.items() if key != "guide"}
     unstated = LadderFile(path.ladder, base)
-    assert path.config("r", "a", "low_rank", {}).guide.variant == "none"
-    assert unstated.config("r", "a", "low_rank", {}).guide.variant == "full"
-    assert unstated.config("r", "a", "dense", {}).guide.variant == "none"
+    for file, variant in ((path, "none"), (unstated, "full")):
+        runs = {run.family: run.config for run in Plan(file).runs({})}
+        assert runs["low_rank"].guide.variant == variant
+        assert runs["dense"].guide.variant == "none"
+    assert runs["low_rank"].budget.flops == "dense"
 
 
 def test_the_nearest_tuned_size(ladder: Callable[..., LadderFile]) -> None:

@@ -169,7 +169,12 @@ class Plan:
             assert rate is not None
             name = _tune_name(family, size, rate)
         if (name, rate) not in self._configs:
-            self._configs[name, rate] = self.file.config(name, size, family, extra)
+            found = self.file.config(name, size, family, extra)
+            run = LadderRun(config=found, family=family, size=size, stage=stage)
+            if found.guide.variant == "auto":  # what it means is in the run's records
+                meant = self.describe(run).config
+                found = found.replace(guide=meant.guide, budget=meant.budget)
+            self._configs[name, rate] = found
         config = self._configs[name, rate]
         return LadderRun(config=config, family=family, size=size, stage=stage, waits_for=waits_for)
 
