@@ -94,6 +94,23 @@ def test_a_family_whose_rates_all_fail_waits_and_others_go_on(
     assert {state.status[f"low_rank-{size}-s0"] for size in "abc"} == {Status.DONE}
 
 
+def test_steps_are_known_of_runs_that_a_grid_grew_by(
+    ladder: Callable[..., LadderFile], tmp_path: Path
+) -> None:
+    file = ladder(families={"dense": {}}, rate=TUNE | {"values": [4e-3, 8e-3, 16e-3]})
+    steps: dict[str, int] = {}
+    queue = Queue(
+        Plan(file),
+        LadderFolder(tmp_path / "runs"),
+        Instant(),
+        on_state=lambda state: steps.update(state.num_steps),
+        poll_seconds=0.001,
+    )
+    state = queue.run()
+    assert "tune-dense-a-0.001" in steps
+    assert steps == dict.fromkeys((run.name for run in state.runs), 3)
+
+
 def test_a_changed_recipe_is_noticed(ladder: Callable[..., LadderFile], tmp_path: Path) -> None:
     run_queue(ladder(), tmp_path / "runs", Instant())
     changed = ladder(tokens={"rule": "fixed", "num_tokens": 5 * 128})
