@@ -111,7 +111,7 @@ def check_same(theirs: nn.Module, ours: PreTrainedModel, dtypes: list[str]) -> N
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     _, loss = theirs(inputs, labels)
     (loss * labels.numel()).backward()
-    wanted = in_our_names(theirs, lambda parameter: _gradient(parameter))
+    wanted = in_our_names(theirs, _gradient)
     for dtype in dtypes:
         found = loss_backward(ours, inputs, labels, dtype)
         error = float((found / labels.numel() - loss.detach()).abs() / loss.detach())

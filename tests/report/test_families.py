@@ -3,24 +3,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.run_records import run_record
 
 from factorlm.records import RunRecord
 from factorlm.report.families import family_labels
 
 
 def run(**config: Any) -> RunRecord:
-    return RunRecord(
-        name="a",
-        config=config,
-        environment={},
-        num_params=1,
-        num_ffn_params=1,
-        num_non_embedding_params=1,
-        forward_flops_per_token=1.0,
-        training_flops=1.0,
-        num_steps=1,
-        tokens_per_step=1,
-    )
+    return run_record("a", config)
 
 
 LOW_RANK = {"structure": "low_rank", "param_ratio": 0.32}

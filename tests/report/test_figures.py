@@ -10,21 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.run_records import run_record
 
 from factorlm.errors import ConfigError, StorageError
-from factorlm.records import EvalRecord, RunRecord, StepRecord
+from factorlm.records import EvalRecord, StepRecord
 from factorlm.report import RunSummary, figures, plot_losses
 from factorlm.report.figures import COLORS
 
 
 def summary(name: str, *, num_steps: int = 300, num_evals: int = 3, start: float = 9.0):
-    run = RunRecord(
-        name=name,
-        config={},
-        environment={},
-        num_params=1,
-        num_ffn_params=1,
-        num_non_embedding_params=1,
+    run = run_record(
+        name,
+        {},
         forward_flops_per_token=7.0,
         training_flops=0.0,
         num_steps=num_steps,

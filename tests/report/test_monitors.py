@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.run_records import run_record
 
 from factorlm.errors import ConfigError
 from factorlm.records import (
@@ -12,7 +13,6 @@ from factorlm.records import (
     EventRecord,
     LayerValues,
     MonitorRecord,
-    RunRecord,
     StepRecord,
 )
 from factorlm.report import RunSummary, monitors, plot_monitors
@@ -29,18 +29,7 @@ def monitored(
 ) -> RunSummary:
     """Ten steps a record; factor j of decoder layer i + 1 has the norm step + 100 i + 10 j."""
     num_steps = 10 * num_records
-    run = RunRecord(
-        name=label,
-        config={},
-        environment={},
-        num_params=1,
-        num_ffn_params=1,
-        num_non_embedding_params=1,
-        forward_flops_per_token=1.0,
-        training_flops=1.0,
-        num_steps=num_steps,
-        tokens_per_step=1,
-    )
+    run = run_record(label, {}, num_steps=num_steps)
     alphas = [1 - s / guide_steps if s < guide_steps else None for s in range(num_steps)]
     steps = tuple(
         StepRecord(

@@ -79,8 +79,9 @@ def solved_guide_steps(
     variant: Literal["full", "stochastic"],
     count: FlopsKind = "model_flops",
 ) -> int:
-    """The steps to guide, and to replay, so that all together cost ``budget``: ``guided_share`` of
-    the original ones. Under 1 where nothing is left for a guide."""
+    """The steps to guide, and to replay, so that all together cost ``budget`` FLOPs: the original
+    ones times ``guided_share``, where the source is. ``guided_step`` is what a guide adds to a
+    ``step``. Under 1 where nothing is left for a guide."""
     structured = num_original_steps * getattr(step, count)
     guide = num_original_steps * getattr(guided_step, count)
     return round(num_original_steps * guided_share(structured, guide, budget, variant=variant))

@@ -46,9 +46,8 @@ def machine_of(device_type: str, dtype: torch.dtype, num_threads: int) -> Machin
     allocation on an operation.
 
     An accelerator: NVIDIA's data sheet of the A100 (40 GB): 312 TFLOP/s in half precision, 19.5 in
-    float32, 1,555 GB/s. Few tokens are those of a decoding step, which is a CUDA graph: there a
-    kernel takes about two microseconds to follow the one before, to fill the device and to end. A
-    launch from Python takes longer.
+    float32, 1,555 GB/s. Few tokens are those of a decoding step, which is a CUDA graph; what a
+    kernel adds to it by starting and ending is assumed, not measured: two microseconds.
     """
     half = dtype.itemsize <= 2
     if device_type == "cpu":

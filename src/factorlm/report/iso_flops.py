@@ -10,9 +10,10 @@ import numpy as np
 
 from factorlm.report.figures import COLORS, save_picture
 from factorlm.report.fits import Budget
-from factorlm.report.points import SAME, FamilyPoints, Point
+from factorlm.report.points import FamilyPoints, Point
 from factorlm.report.tables import format_scientific, format_tick
 from factorlm.scaling import ChinchillaFit
+from factorlm.scaling.fit.data import SAME_SIZE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ def budgets_of(family: FamilyPoints) -> list[list[Point]]:
     """Points of nearly equal FLOPs together, in order of FLOPs."""
     groups: list[list[Point]] = []
     for point in family.points:
-        if not groups or point.flops > SAME * groups[-1][0].flops:
+        if not groups or point.flops > SAME_SIZE * groups[-1][0].flops:
             groups.append([])
         groups[-1].append(point)
     return groups

@@ -26,8 +26,6 @@ COUNTS: dict[Count, tuple[str, str]] = {
 """How FLOPs can be counted: the key in ``METRICS``, and in words."""
 MAIN, TUNE = "main", "tune"
 """Stages of a ladder's runs: those that are fitted, and those that only find a learning rate."""
-SAME = SAME_SIZE
-"""FLOPs, or tokens of a size, within so many times each other are one."""
 MAX_NAMED = 4
 """Runs that one message names."""
 
@@ -76,7 +74,7 @@ class FamilyPoints:
         """Whether sizes and tokens vary apart from each other: a size was trained for several
         numbers of tokens, or several sizes on one budget."""
         flops = [point.flops for point in self.points]
-        has_budget = any(b <= SAME * a for a, b in itertools.pairwise(flops))
+        has_budget = any(b <= SAME_SIZE * a for a, b in itertools.pairwise(flops))
         return has_budget or len(self.sizes) < len(self.points)
 
     @property
@@ -88,7 +86,7 @@ class FamilyPoints:
             point
             for point in self.points
             if not any(
-                other.loss < point.loss and other.flops <= SAME * point.flops
+                other.loss < point.loss and other.flops <= SAME_SIZE * point.flops
                 for other in self.points
             )
         )
@@ -210,7 +208,7 @@ def _with_equal_tokens(runs: Sequence[_Run]) -> list[_Run]:
     of_size: dict[tuple[str, str], list[int]] = {}
     for family, size, tokens, _ in sorted(run.key for run in runs):
         known = of_size.setdefault((family, size), [tokens])
-        if tokens > SAME * known[-1]:
+        if tokens > SAME_SIZE * known[-1]:
             known.append(tokens)
     found = []
     for run in runs:

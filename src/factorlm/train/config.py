@@ -345,7 +345,8 @@ class TrainConfig(Config):
         return self.batch.num_sequences * self.data.context_length
 
     def rows_per_forward(self, num_processes: int = 1) -> int:
-        """Sequences of one forward pass of one of ``num_processes``."""
+        """Sequences of one forward pass of one of ``num_processes``. Raises ``ConfigError`` unless
+        they divide the batch."""
         count = self.batch.num_sequences
         check(
             count % num_processes == 0,

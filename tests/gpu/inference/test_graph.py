@@ -13,11 +13,6 @@ from factorlm.inference.capture import capture
 from factorlm.inference.graph import GraphSteps
 from factorlm.testing.models import tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 GREEDY = Sampling(greedy=True)
 PROMPTS = [list(range(5, 12)), [7, 8, 9], [90, 3, 55, 20, 11]]
 

@@ -8,14 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tests.inference.test_steps import STRUCTURES
 from transformers import PreTrainedModel
 
 from factorlm import (
-    BlockDenseConfig,
-    BlockShuffleConfig,
-    LowRankConfig,
     MergePolicy,
-    StructureConfig,
     factorize_,
     premerge_,
 )
@@ -25,18 +22,8 @@ from factorlm.inference.graph import GraphSteps
 from factorlm.ops import low_rank as low_rank_module
 from factorlm.testing.models import tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 GREEDY = Sampling(greedy=True)
 PROMPTS = [list(range(5, 12)), [7, 8, 9]]
-STRUCTURES: dict[str, StructureConfig] = {
-    "low_rank": LowRankConfig(rank=6),
-    "block_shuffle": BlockShuffleConfig(num_blocks=2),
-    "block_dense": BlockDenseConfig(num_blocks=2, rank=6),
-}
 
 
 def model_of(structure: str = "low_rank", device: str = "cuda") -> PreTrainedModel:

@@ -20,11 +20,6 @@ from factorlm.inference import Decoder, Sampling
 from factorlm.inference.graph import GraphSteps
 from factorlm.testing.models import tiny_input_ids, tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 GREEDY = Sampling(greedy=True)
 PROMPTS = [[5, 6, 7, 8], [9, 3], [11, 40, 2]]
 

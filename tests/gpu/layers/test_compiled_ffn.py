@@ -10,11 +10,6 @@ from factorlm.bench import BenchOptions
 from factorlm.bench.ffn import build_ffns
 from factorlm.bench.truth import check_layer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])

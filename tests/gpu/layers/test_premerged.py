@@ -15,11 +15,6 @@ from factorlm.layers import (
     StructureConfig,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 STRUCTURES = [
     LowRankConfig(rank=32),
     BlockShuffleConfig(num_blocks=4),

@@ -9,11 +9,6 @@ from torch import Tensor
 from factorlm.ops.block_dense import block_dense, block_dense_dense
 from factorlm.ops.block_shuffle import block_shuffle, block_shuffle_dense
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 DEVICE = "cuda"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative, in Frobenius norm, of outputs and gradients."""

@@ -8,11 +8,6 @@ from torch import Tensor
 
 from factorlm.ops.low_rank import low_rank
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative, in Frobenius norm, of outputs and gradients."""
 

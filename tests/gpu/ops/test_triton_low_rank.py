@@ -11,11 +11,6 @@ from factorlm.inference.capture import capture
 from factorlm.ops import low_rank as module
 from factorlm.ops.low_rank import low_rank
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 SIZES = [(300, 37, 70), (1, 1, 1), (768, 192, 3072), (3072, 192, 768), (4096, 1024, 11008)]
 

@@ -18,11 +18,6 @@ from factorlm.layers import (
 )
 from factorlm.optim import RULES, FactorOptimizer, build_optimizer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 PAIRS = [(8, 32), (48, 8)]
 BLOCKS = [(4, 8, 8), (4, 12, 8)]
 SHAPES: dict[str, list[tuple[int, ...]]] = {

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.run_records import run_record
 
-from factorlm.records import EvalRecord, EventRecord, Record, RecordFile, RunRecord, StepRecord
+from factorlm.records import EvalRecord, EventRecord, Record, RecordFile, StepRecord
 from factorlm.scaling.ladder.config import ExecutorSection, LadderFile
 from factorlm.scaling.ladder.executors import Executor, Handle, Job
 from factorlm.scaling.ladder.folder import LadderFolder
@@ -18,18 +19,7 @@ from factorlm.scaling.ladder.state import Failure, State
 
 def run_records(config: dict[str, object], loss: float, steps: int = 3) -> list[Record]:
     """What a finished run leaves."""
-    run = RunRecord(
-        name=str(config["name"]),
-        config=config,
-        environment={},
-        num_params=1,
-        num_ffn_params=1,
-        num_non_embedding_params=1,
-        forward_flops_per_token=1.0,
-        training_flops=1.0,
-        num_steps=steps,
-        tokens_per_step=1,
-    )
+    run = run_record(str(config["name"]), config, num_steps=steps)
     done = [
         StepRecord(step=step, num_tokens=step, loss=loss, learning_rate=1, grad_norm=1, step_ms=1)
         for step in range(1, steps + 1)
