@@ -75,31 +75,6 @@ def step_times() -> Mapping[str, float]:
     return times
 
 
-def all_times(
-    found: Mapping[str, Mapping[str, list[Result]]], times: Mapping[str, float]
-) -> dict[str, float]:
-    """``times``, and for rows that are not in it those of a row that differs in its rate alone."""
-    configs = {row: alike(next(iter(points.values()))[0]) for row, points in found.items()}
-    filled = dict(times)
-    for ending in ("", " guided"):
-        known = {
-            configs[row]: times[row + ending] for row in reversed(configs) if row + ending in times
-        }
-        for row, config in configs.items():
-            if config in known:
-                filled.setdefault(row + ending, known[config])
-    return filled
-
-
-def alike(result: Result) -> str:
-    """What a step computes, but for its guide; the learning rate makes no difference."""
-    config = result.run.config
-    optimizer = config["optimizer"] | {"learning_rate": None}
-    batch = config["batch"] | {"num_steps": None, "num_tokens": None}
-    parts = [config["model"], config["structure"], config["data"], optimizer, batch]
-    return json.dumps(parts, sort_keys=True)
-
-
 def minutes(result: Result, row: str, times: Mapping[str, float]) -> str:
     """Wall time of a run on one thread, from steps timed alone."""
     guided = result.run.num_guide_steps
@@ -132,7 +107,7 @@ def mean_loss(results: list[Result]) -> float:
 
 def full_table(found: Mapping[str, Mapping[str, list[Result]]]) -> str:
     """Rows against points, over seeds."""
-    times = all_times(found, step_times())
+    times = step_times()
     rows = []
     for row, points in found.items():
         cells = [interval([r.loss for r in points[p]]) if p in points else "" for p in COLUMNS]
