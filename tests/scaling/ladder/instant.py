@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Instant(Executor):
         if code == 0:
             config = yaml.safe_load(Path(job.command[4]).read_text())
             rate = config["optimizer"]["learning_rate"]
-            append(path, run_records(config, loss=abs(rate - 2e-3) + 1))
+            append(path, run_records(config, loss=abs(math.log(rate / 2e-3)) + 1))
         elif code == 75:
             step = self.names.count(job.name) * self.steps_each
             append(path, run_records({"name": job.name}, 5.0, step)[1:-2])

@@ -91,8 +91,3 @@ def test_a_structured_family_has_the_default_guide_unless_one_is_stated(
         assert runs["low_rank"].guide.variant == variant
         assert runs["dense"].guide.variant == "none"
     assert runs["low_rank"].budget.flops == "dense"
-
-
-def test_the_nearest_tuned_size(ladder: Callable[..., LadderFile]) -> None:
-    tuned = ladder(rate=TUNE | {"sizes": ["c", "a"]}).ladder
-    assert [tuned.tuned_size(size) for size in "abc"] == ["a", "a", "c"]

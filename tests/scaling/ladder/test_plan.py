@@ -70,7 +70,7 @@ def test_main_runs_wait_for_their_familys_rate(ladder: Callable[..., LadderFile]
     names = [f"tune-dense-a-{rate:g}" for rate in TUNE["values"]]  # type: ignore[attr-defined]
     main = [run for run in plan.runs({}) if run.stage == "main"]
     assert all(run.waits_for for run in main)
-    losses = dict(zip(names, [2.0, 1.0, 3.0], strict=True))
+    losses = dict(zip(names, [3.0, 1.0, 3.0], strict=True))
     after = {run.name: run for run in plan.runs(losses) if run.stage == "main"}
     assert {after[f"dense-{size}-s0"].rate for size in "abc"} == {2e-3}
     assert not after["dense-c-s0"].waits_for
@@ -86,10 +86,37 @@ def test_a_grid_grows_until_its_best_is_inside(ladder: Callable[..., LadderFile]
     losses["tune-dense-a-0.008"] = 1.5
     assert rates(plan.runs(losses), "dense") == [1e-3, 2e-3, 4e-3, 8e-3]
     main = next(run for run in plan.runs(losses) if run.name == "dense-a-s0")
-    assert (main.rate, main.waits_for) == (4e-3, ())
+    assert (main.rate, main.waits_for) == (4.49e-3, ())  # the lowest of a parabola
     losses["tune-dense-a-0.001"] = 0.5
     assert rates(plan.runs(losses), "dense")[0] == 5e-4
     assert rates(plan.runs(losses), "low_rank") == TUNE["values"]
+
+
+def test_all_sizes_take_the_line_through_the_tuned_ones(ladder: Callable[..., LadderFile]) -> None:
+    plan = Plan(ladder(rate=TUNE | {"sizes": ["a", "b"]}, families={"dense": {}}))
+    lowest = {"a": 2.5e-3, "b": 1.6e-3}
+    losses = {
+        f"tune-dense-{size}-{rate:g}": math.log(rate / lowest[size]) ** 2
+        for size in "ab"
+        for rate in (1e-3, 2e-3, 4e-3)
+    }
+    one = dict(list(losses.items())[:3])
+    waiting = next(run for run in plan.runs(one) if run.name == "dense-a-s0")
+    assert waiting.waits_for == tuple(losses)[3:]
+    runs = {run.size: run for run in plan.runs(losses) if run.stage == "main"}
+    params = {size: plan.describe(run).params.non_embedding for size, run in runs.items()}
+    power = math.log(1.6 / 2.5) / math.log(params["b"] / params["a"])
+    expected = lowest | {"c": 1.6e-3 * (params["c"] / params["b"]) ** power}
+    for size, run in runs.items():
+        assert run.rate == pytest.approx(expected[size], rel=5e-3)
+
+
+def test_a_tuned_size_where_all_failed_holds_nothing_up(ladder: Callable[..., LadderFile]) -> None:
+    plan = Plan(ladder(rate=TUNE | {"sizes": ["a", "b"]}, families={"dense": {}}))
+    names = [run.name for run in plan.runs({}) if run.stage == "tune"]
+    losses = dict(zip(names, [3.0, 1.0, 3.0, *[math.inf] * 3], strict=True))
+    runs = [run for run in plan.runs(losses) if run.stage == "main"]
+    assert {(run.rate, run.waits_for) for run in runs} == {(2e-3, ())}
 
 
 def test_a_rate_that_failed_is_not_the_best(ladder: Callable[..., LadderFile]) -> None:

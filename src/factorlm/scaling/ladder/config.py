@@ -51,9 +51,9 @@ class RateRule(Config):
     """Where a family's learning rate comes from."""
 
     rule: Literal["recipe", "tune"] = "recipe"
-    """``recipe``: what the recipe, the size and the family state. ``tune``: the best of a grid at
-    ``sizes``, with seed 0; every other size takes that of the nearest of them in the file's order,
-    the smaller one if two are as near."""
+    """``recipe``: what the recipe, the size and the family state. ``tune``: a grid at each of
+    ``sizes``, with seed 0, and its best between the rates by a parabola; every size then takes the
+    straight line through log(parameters beside the embedding) and log(best rate) of its family."""
     values: list[float] = field(default_factory=list)
     """For ``tune``: the grid, at least three rates. It is extended outward, by the ratio of the two
     at that end, until the best does not lie at an edge."""
@@ -150,14 +150,6 @@ class Ladder(Config):
         stated = dict(self.families[family])
         own = stated.pop("sizes", {}).get(size, {})
         return merge_sections(merge_sections(found, stated), own)
-
-    def tuned_size(self, size: str) -> str:
-        """The size at which the rate of ``size`` is tuned."""
-        order = list(self.sizes)
-        return min(
-            sorted(self.rate.sizes, key=order.index),
-            key=lambda name: abs(order.index(name) - order.index(size)),
-        )
 
     def _named_sizes(self) -> dict[str, list[str]]:
         """Where sizes are named -> which."""

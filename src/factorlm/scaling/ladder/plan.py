@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from factorlm.errors import ConfigError
 from factorlm.scaling.ladder.config import LadderFile
+from factorlm.scaling.ladder.rates import best_rate, rate_at
 from factorlm.train.config import TrainConfig
 from factorlm.train.describe import Description, describe
 
@@ -107,17 +108,31 @@ class Plan:
     ) -> LadderRun:
         if self.ladder.rate.rule == "recipe":
             return self._run(family, size, "main", seed=seed, flops=flops)
-        tuned = self.ladder.tuned_size(size)
-        grid = self._grid(family, tuned, losses)
-        names = [_tune_name(family, tuned, rate) for rate in grid]
+        rate, waits = self._rate(family, size, losses)
+        return self._run(family, size, "main", seed=seed, flops=flops, rate=rate, waits_for=waits)
+
+    def _rate(
+        self, family: str, size: str, losses: Mapping[str, float]
+    ) -> tuple[float, tuple[str, ...]]:
+        """The rate of a family's runs at ``size``, or a provisional one and what decides it."""
+        best: dict[int, float] = {}
+        names: list[str] = []
+        for tuned in self.ladder.rate.sizes:
+            grid = {
+                rate: _tune_name(family, tuned, rate) for rate in self._grid(family, tuned, losses)
+            }
+            names += grid.values()
+            found = best_rate({rate: losses[name] for rate, name in grid.items() if name in losses})
+            if found is not None:
+                best[self._num_params(family, tuned)] = found
         waits = tuple(name for name in names if name not in losses)
-        known = [
-            (losses[name], rate) for name, rate in zip(names, grid, strict=True) if name in losses
-        ]
-        best = min(known)[1] if known else grid[0]
-        if not waits and not math.isfinite(min(known)[0]):
-            waits = tuple(names)  # all of them failed: there is no rate
-        return self._run(family, size, "main", seed=seed, flops=flops, rate=best, waits_for=waits)
+        if waits or not best:  # none where all failed: there is no rate
+            return self.ladder.rate.values[0], waits or tuple(names)
+        return rate_at(self._num_params(family, size), best), ()
+
+    def _num_params(self, family: str, size: str) -> int:
+        rate = self.ladder.rate.values[0]
+        return self.describe(self._run(family, size, "tune", rate=rate)).params.non_embedding
 
     def _grid(self, family: str, size: str, losses: Mapping[str, float]) -> list[float]:
         """The rates of a family at a tuned size, extended until the best is not at an edge; ends
