@@ -57,3 +57,14 @@ def test_a_calibration_is_short_and_evaluates_little(ladder: Callable[..., Ladde
     assert few.batch.num_steps == WARM_UP + STEPS
     assert few.eval.every_steps is None
     assert few.eval.num_tokens == few.eval.final_num_tokens == EVAL_STEPS * 8 * 16
+
+
+def test_a_calibration_is_the_same_before_and_after_tuning(
+    ladder: Callable[..., LadderFile],
+) -> None:
+    rate = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
+    plan = Plan(ladder(rate=rate, families={"dense": {}}))
+    losses = {f"tune-dense-a-{value:g}": abs(value - 2e-3) for value in (1e-3, 2e-3, 4e-3)}
+    before, after = (plan.runs(known)[-1] for known in ({}, losses))
+    assert before.rate != after.rate
+    assert few_steps(before) == few_steps(after)

@@ -30,6 +30,8 @@ STEPS = 6
 """Timed, after the first ones."""
 EVAL_STEPS = 2
 """Steps' worth of tokens to evaluate."""
+RATE = 1e-3
+"""Of these steps, whatever a run's own: it costs no time, and is not known before tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ def few_steps(run: LadderRun) -> TrainConfig:
     plain["name"] = f"{run.family}-{run.size}"
     plain["labels"]["stage"] = "calibration"
     plain["batch"] |= {"num_steps": WARM_UP + STEPS, "num_tokens": None}
+    plain["optimizer"]["learning_rate"] = RATE
     plain["budget"]["flops"] = None
     plain["guide"] |= {"variant": "none", "share": None}
     count = EVAL_STEPS * run.config.tokens_per_step
