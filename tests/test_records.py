@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from factorlm.errors import DataError
+from factorlm.errors import DataError, StorageError
 from factorlm.records import (
     LOSS_SPIKE,
     EventRecord,
@@ -54,6 +54,8 @@ def test_half_written_last_line_is_left_out(records: RecordFile, half: bytes) ->
     records.append(step(1))
     records.path.open("ab").write(half)
     assert list(records) == [step(1)]
+    records.append(step(2))
+    assert list(records) == [step(1), step(2)]
 
 
 @pytest.mark.parametrize(
@@ -79,12 +81,17 @@ def test_damaged_line_is_named(records: RecordFile, line: bytes) -> None:
         list(records)
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"gone/records\.jsonl"):
+        RecordFile(tmp_path / "gone" / "records.jsonl").append(step(1))
+
+
 def test_drop_after_keeps_what_is_not_done_again(records: RecordFile) -> None:
     kept = [step(1), monitor(1), EventRecord(event=LOSS_SPIKE, step=1)]
     kept.append(EventRecord(event="save failed", step=2))
     for record in (*kept, step(2), monitor(2), EventRecord(event=LOSS_SPIKE, step=2), step(3)):
         records.append(record)
     records.path.open("ab").write(b'{"type": "step", "fo')
-    records.drop_after(1)
+    records.drop_after(1, 1)
     records.append(step(2))
     assert list(records) == [*kept, step(2)]

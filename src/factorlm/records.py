@@ -8,16 +8,18 @@ does not know.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 from factorlm.errors import DataError
 from factorlm.registry import Registry
-from factorlm.storage import atomic_write_text
+from factorlm.storage import atomic_write_text, fileops, storage_errors
 
 FORMAT_VERSION = 1
 RECORDS_FILE = "records.jsonl"
@@ -249,16 +251,22 @@ class RecordFile:
         self.path = Path(path)
 
     def append(self, record: Record) -> None:
-        """Write one line and hand it to the operating system."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
+        """Write one line and hand it to the operating system; a half-written last line goes first.
 
-    def drop_after(self, step: int) -> None:
-        """Forget what was found after ``step``, which a resumed run finds again: steps,
-        evaluations, monitors, loss spikes. A half-written last line goes too."""
+        Raises ``StorageError`` naming the file.
+        """
+        line = (record.to_json() + "\n").encode()
+        with storage_errors(self.path), self.path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # what another process is writing is not half-written
+            _end_last_line(file)
+            fileops.write(file, line)
+
+    def drop_after(self, step: int, evaluated_step: int) -> None:
+        """Forget what a run that goes back to ``step`` finds again: steps, monitors and loss spikes
+        after it, evaluations after ``evaluated_step``. A half-written last line goes too."""
         if not self.path.exists():
             return
-        kept = [record for record in self if not _is_found_again(record, step)]
+        kept = [record for record in self if not _is_found_again(record, step, evaluated_step)]
         atomic_write_text(self.path, "".join(record.to_json() + "\n" for record in kept))
 
     def __iter__(self) -> Iterator[Record]:
@@ -283,11 +291,22 @@ class RecordFile:
                 yield record
 
 
-def _is_found_again(record: Record, step: int) -> bool:
+def _end_last_line(file: FileIO) -> None:
+    """Cut a last line without a line break, which a crash or a full disk left."""
+    size = os.fstat(file.fileno()).st_size
+    if size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n":
+        return
+    data = os.pread(file.fileno(), size, 0)
+    os.ftruncate(file.fileno(), data.rfind(b"\n") + 1)
+
+
+def _is_found_again(record: Record, step: int, evaluated_step: int) -> bool:
     """Whether a run that goes back to ``step`` writes ``record`` once more."""
+    if isinstance(record, EvalRecord):
+        return record.step > evaluated_step
     if isinstance(record, EventRecord):
         return record.event == LOSS_SPIKE and record.step > step
-    return isinstance(record, StepRecord | EvalRecord | MonitorRecord) and record.step > step
+    return isinstance(record, StepRecord | MonitorRecord) and record.step > step
 
 
 def _parse(line: bytes) -> Record | None:

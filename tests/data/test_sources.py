@@ -158,3 +158,10 @@ def test_an_id_that_is_no_path_is_a_dataset(monkeypatch):
         open_source("some-org/missing.txt")
     with pytest.raises(DataError, match="no such file"):
         open_source("missing")
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    for spec in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(DataError, match=r"a\.txt: No such file"):
+            open_source(str(spec))

@@ -125,8 +125,15 @@ def test_a_model_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 10, 20):
         save(tmp_path, step=step)
-    retain(tmp_path, keep=2)
+    retain(tmp_path, keep=2, step=20)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-10", "step-20"]
+
+
+def test_retention_keeps_what_was_saved_just_now_and_no_damaged_later_one(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 20):
+        save(tmp_path, step=step)
+    retain(tmp_path, keep=2, step=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-1", "step-2"]
 
 
 def test_a_failed_save_leaves_the_old_and_nothing_else(

@@ -121,3 +121,32 @@ def test_empty_sections_and_nulls_are_refused_where_they_mean_nothing(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(tiny_values() | sections)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eval.every_steps", 0),
+        ("eval.num_tokens", 0),
+        ("eval.final_num_tokens", -1),
+        ("eval.num_sequences", 0),
+        ("checkpoint.every_steps", 0),
+        ("checkpoint.every_minutes", float("nan")),
+        ("parallel.num_threads", 0),
+        ("parallel.timeout_seconds", 0.0),
+        ("optimizer.learning_rate", float("inf")),
+        ("optimizer.weight_decay", float("inf")),
+        ("budget.flops", float("inf")),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_before_anything_is_built(
+    tiny_values: MakeValues, field: str, value: float
+) -> None:
+    section, _, name = field.partition(".")
+    with pytest.raises(ConfigError, match=rf"{field}={value} must be"):
+        config(tiny_values, **{section: {name: value}})
+
+
+def test_any_seed_trains(tiny_values: MakeValues, tmp_path: Path) -> None:
+    values = config(tiny_values, seed=2**40, batch={"num_steps": 1})
+    assert Trainer(values, runs_dir=tmp_path).fit().state.step == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import os
 import re
 import stat
 import sysconfig
@@ -92,7 +93,7 @@ def open_source(spec: str) -> Source:
     path = Path(spec)
     if path.is_dir():
         return Source(spec, _folder_parts(path))
-    if path.exists():
+    if os.path.lexists(path):
         return Source(spec, (_file_part(path, path.name),))
     if glob.has_magic(spec):
         return Source(spec, _glob_parts(spec))
@@ -112,7 +113,10 @@ def _file_part(path: Path, name: str, reader: Reader | None = None) -> SourcePar
     suffix = _suffix(path)
     if reader is None and suffix is None:
         raise DataError(f"{path}: no reader for this kind of file; known: {', '.join(READERS)}")
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:  # a link to nothing
+        raise DataError(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path} is not a plain file")
     reader = reader or READERS[str(suffix)]

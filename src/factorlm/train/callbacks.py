@@ -46,7 +46,8 @@ class RecordWriter(Callback):
     """Appends every record to the run's ``records.jsonl`` as it happens."""
 
     def on_start(self, trainer: Trainer, run: RunRecord) -> None:
-        if not trainer.run.records.path.exists():
+        records = trainer.run.records
+        if not records.path.exists() or not any(isinstance(r, RunRecord) for r in records):
             self._write(trainer, run)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,12 +61,21 @@ def save_checkpoint(
         OPTIMIZER_FILE: {name: full(tensor) for name, tensor in optimizer_tensors(optimizer)},
     }
     check_finite(tensors[MODEL_FILE])
+    path = folder / f"step-{state.step}"
+    write_on_main(path, lambda: _write(path, tensors, state, facts), world)
+
+
+def write_on_main(path: Path, write: Callable[[], None], world: World) -> None:
+    """Call ``write``, which writes ``path``, on the main process; its ``StorageError`` is raised on
+    every process. Every process has to call this."""
     problem = None
     if world.is_main:
         try:
-            _write(folder / f"step-{state.step}", tensors, state, facts)
+            write()
         except StorageError as error:
             problem = str(error)
+        except SafetensorError as error:  # as the library calls a full disk
+            problem = f"cannot write {path}: {error}"
     problem = world.from_main(problem)
     if problem is not None:
         raise StorageError(problem)
@@ -85,8 +95,8 @@ def _write(
     facts: Mapping[str, Any],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        return  # An earlier process got this far in the same step: the bytes would be equal.
+    if _clear(path):
+        return
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     require_free_space(path.parent, size)
     with atomic_folder(path) as temporary:
@@ -95,6 +105,19 @@ def _write(
         text = json.dumps({"state": state.to_dict(), "facts": dict(facts)}, indent=2)
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         write_manifest(temporary, {"step": state.step})
+
+
+def _clear(path: Path) -> bool:
+    """Whether a good checkpoint of the same step is there, from an earlier process: its bytes would
+    be equal. A damaged one is removed."""
+    if not path.exists():
+        return False
+    try:
+        verify(path, CheckpointError)
+    except CheckpointError:
+        remove_folder(path)
+        return False
+    return True
 
 
 def newest_checkpoint(folder: Path, world: World) -> Path | None:
@@ -166,7 +189,13 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def retain(folder: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints."""
-    for path in checkpoints(folder)[:-keep]:
-        remove_folder(path)
+def retain(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints up to ``step``, which was saved just now.
+
+    Those after it were damaged: the run went back to one before.
+    """
+    found = checkpoints(folder)
+    good = [path for path in found if checkpoint_step(path) <= step]
+    for path in found:
+        if path not in good[-keep:]:
+            remove_folder(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,8 +87,8 @@ class BudgetSection(Config):
 
     def __post_init__(self) -> None:
         flops = self.flops
-        valid = flops is None or isinstance(flops, str) or flops > 0
-        check(valid, f"budget.flops={flops} must be above 0")
+        valid = flops is None or isinstance(flops, str) or 0 < flops < math.inf
+        check(valid, f"budget.flops={flops} must be above 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +121,13 @@ class OptimizerSection(Config):
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        check(rate > 0, f"optimizer.learning_rate={rate} must be above 0")
+        check(0 < rate < math.inf, f"optimizer.learning_rate={rate} must be above 0 and finite")
         for beta in self.betas:
             check(0 <= beta < 1, f"optimizer.betas={self.betas} must lie in [0, 1)")
         decay = self.weight_decay
-        check(decay >= 0, f"optimizer.weight_decay={decay} must be at least 0")
+        check(
+            0 <= decay < math.inf, f"optimizer.weight_decay={decay} must be at least 0 and finite"
+        )
         aware = self.factor_rates == "structure_aware"
         check(
             not aware or self.kind == "adamw",
@@ -201,6 +204,11 @@ class EvalSection(Config):
     num_sequences: int | None = None
     """Sequences of one forward pass; None: as in training."""
 
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "num_tokens", "final_num_tokens", "num_sequences"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"eval.{name}={value} must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection(Config):
@@ -214,6 +222,9 @@ class CheckpointSection(Config):
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
+        every, minutes = self.every_steps, self.every_minutes
+        check(every is None or every >= 1, f"checkpoint.every_steps={every} must be at least 1")
+        check(minutes >= 0, f"checkpoint.every_minutes={minutes} must be at least 0")
         check(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2")
 
 
@@ -235,6 +246,14 @@ class ParallelSection(Config):
     """CPU threads of a process; None leaves PyTorch's choice."""
     timeout_seconds: float = 120.0
     """How long a process waits for its peers."""
+
+    def __post_init__(self) -> None:
+        threads, timeout = self.num_threads, self.timeout_seconds
+        check(threads is None or threads >= 1, f"parallel.num_threads={threads} must be at least 1")
+        check(
+            0 < timeout < math.inf,
+            f"parallel.timeout_seconds={timeout} must be above 0 and finite",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ from factorlm.storage import (
     atomic_write_text,
     folder_lock,
     remove_leftovers,
-    storage_errors,
 )
 from factorlm.train.checkpoint import (
     check_finite,
@@ -34,8 +33,10 @@ from factorlm.train.checkpoint import (
     newest_checkpoint,
     retain,
     save_checkpoint,
+    write_on_main,
 )
 from factorlm.train.config import TrainConfig
+from factorlm.train.recipe import read_mapping
 from factorlm.train.state import RunState, full, model_tensors
 
 MAY_CHANGE = (
@@ -89,14 +90,16 @@ class RunFolder:
 
     def _adopt(self, config: TrainConfig) -> None:
         """Clear what a killed process left half-written; write the config of a new run, or compare
-        it with that of an old one."""
-        for folder in (self.path, self.path / "checkpoints"):
+        it with that of an old one. A run is new until its first record: data or a model that
+        could not be opened may be corrected."""
+        checkpoints = self.path / "checkpoints"
+        for folder in (self.path, checkpoints):
             remove_leftovers(folder)
         path = self.path / "config.yaml"
         values = config.to_dict()
-        if path.exists():
-            with storage_errors(path, verb="read"):
-                saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        is_new = not self.records.path.exists() and not checkpoints.exists()
+        if path.exists() and not is_new:
+            saved = read_mapping(path, "config")
             if saved == values:
                 return
             check_same_run(self.path, saved, values)
@@ -164,21 +167,24 @@ class RunFolder:
         folder = self.path / "checkpoints"
         save_checkpoint(folder, model, optimizer, state, facts, world)
         if world.is_main:
-            retain(folder, keep)
+            retain(folder, keep, state.step)
 
     def save_model(
         self, name: str, model: PreTrainedModel, tokenizer: Path | None, world: World
     ) -> None:
-        """Write ``name`` as a Hugging Face folder with its tokenizer, from whole tensors."""
+        """Write ``name`` as a Hugging Face folder with its tokenizer, from whole tensors. Raises
+        ``StorageError`` on every process if the main one cannot write."""
         tensors = {key: full(tensor) for key, tensor in model_tensors(model)}
         check_finite(tensors)
-        if not world.is_main:
-            return
-        with atomic_folder(self.path / name, replace=True) as temporary:
-            with _no_progress_bars():
-                model.save_pretrained(temporary, state_dict=tensors)
-            if tokenizer is not None:
-                shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+
+        def write() -> None:
+            with atomic_folder(self.path / name, replace=True) as temporary:
+                with _no_progress_bars():
+                    model.save_pretrained(temporary, state_dict=tensors)
+                if tokenizer is not None:
+                    shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+
+        write_on_main(self.path / name, write, world)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +169,7 @@ class Trainer:
                 self.checkpoint, self.model, self.optimizer, self._facts, self.world
             )
         if self.world.is_main:
-            self.run.records.drop_after(self.state.step)
+            self.run.records.drop_after(self.state.step, self.state.evaluated_step)
         self._monitor = Monitor(
             self.model,
             self.config.monitor.every_steps,
@@ -340,16 +340,16 @@ class Trainer:
         part = self._validation_loss(num_tokens)
         if part is None:
             return
-        results = [part]
-        if self.state.step == self.plan.num_steps and num_tokens != final:
+        results, is_last = [part], self.state.step == self.plan.num_steps
+        if is_last and num_tokens != final:
             whole = self._validation_loss(final)
             if whole is None:
                 return
             results.append(whole)
         self.state = self.state.replace(evaluated_step=self.state.step)
         best = self.state.best_loss
-        if not self._guidance and (best is None or part.loss < best):
-            self._save_model("model-best")
+        is_best = not self._guidance and (best is None or part.loss < best)
+        if is_best and self._saved(lambda: self._save_model("model-best"), is_last=is_last):
             self.state = self.state.replace(best_loss=part.loss)
         for result in results:
             record = eval_record(self.state, result, guided=self._guidance is not None)
@@ -363,25 +363,30 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        """Write a checkpoint. A failure is fatal where the run stops, or the third time running."""
-        try:
-            self.run.save_checkpoint(
-                self.model,
-                self.optimizer,
-                self.state,
-                self._facts,
-                self.world,
-                keep=self.config.checkpoint.keep,
-            )
-        except StorageError as error:
-            self._failed_saves += 1
-            if self._stopping or self._failed_saves == MAX_FAILED_SAVES:
-                raise
-            self._event("save failed", error=str(error))
-        else:
-            self._failed_saves = 0
+        """Write a checkpoint."""
+        if self._saved(self._save_checkpoint, is_last=self._stopping):
             self._event("saved")
         self._saved_at, self._save_due = time.monotonic(), False
+
+    def _saved(self, save: Callable[[], None], *, is_last: bool) -> bool:
+        """Whether ``save`` succeeds. A failure is fatal in the last one, or the third time
+        running."""
+        try:
+            save()
+        except StorageError as error:
+            self._failed_saves += 1
+            if is_last or self._failed_saves == MAX_FAILED_SAVES:
+                raise
+            self._event("save failed", error=str(error))
+            return False
+        self._failed_saves = 0
+        return True
+
+    def _save_checkpoint(self) -> None:
+        keep = self.config.checkpoint.keep
+        self.run.save_checkpoint(
+            self.model, self.optimizer, self.state, self._facts, self.world, keep=keep
+        )
 
     def _save_model(self, name: str) -> None:
         self.run.save_model(name, self.model, self.dataset.tokenizer_folder, self.world)
