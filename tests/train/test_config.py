@@ -121,3 +121,23 @@ def test_empty_sections_and_nulls_are_refused_where_they_mean_nothing(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(tiny_values() | sections)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "rule"),
+    [
+        ("eval", "every_steps", 0, "must be at least 1"),
+        ("eval", "num_tokens", 0, "must be at least 1"),
+        ("eval", "final_num_tokens", -5, "must be at least 1"),
+        ("eval", "num_sequences", 0, "must be at least 1"),
+        ("checkpoint", "every_steps", 0, "must be at least 1"),
+        ("checkpoint", "every_minutes", -1.0, "must be at least 0"),
+        ("parallel", "num_threads", 0, "must be at least 1"),
+        ("parallel", "timeout_seconds", 0.0, "must be above 0"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused_before_anything_starts(
+    tiny_values: MakeValues, section: str, field: str, value: float, rule: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{section}.{field}={value} {rule}"):
+        config(tiny_values, **{section: {field: value}})
