@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypedDict
 
 from factorlm.errors import DataError
 from factorlm.registry import Registry
-from factorlm.storage import atomic_write_text
+from factorlm.storage import atomic_write_bytes, storage_errors
 
 FORMAT_VERSION = 1
 RECORDS_FILE = "records.jsonl"
@@ -249,45 +249,74 @@ class RecordFile:
         self.path = Path(path)
 
     def append(self, record: Record) -> None:
-        """Write one line and hand it to the operating system."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
+        """Write one line and hand it to the operating system. A half-written one before it goes.
+
+        Raises ``StorageError`` naming the file.
+        """
+        with storage_errors(self.path):
+            if self.path.is_file():
+                _end_last_line(self.path)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(record.to_json() + "\n")
 
     def drop_after(self, step: int) -> None:
         """Forget what was found after ``step``, which a resumed run finds again: steps,
         evaluations, monitors, loss spikes. A half-written last line goes too."""
         if not self.path.exists():
             return
-        kept = [record for record in self if not _is_found_again(record, step)]
-        atomic_write_text(self.path, "".join(record.to_json() + "\n" for record in kept))
+        kept = [line + b"\n" for line, record in self._lines() if not _is_found_again(record, step)]
+        atomic_write_bytes(self.path, b"".join(kept))
 
     def __iter__(self) -> Iterator[Record]:
         """All known records in order. A half-written last line is left out.
 
         Raises ``DataError`` naming file and line for a damaged line before the last.
         """
+        return (record for _, record in self._lines() if record is not None)
+
+    def _lines(self) -> Iterator[tuple[bytes, Record | None]]:
+        """Every line with its record, None where that is not known."""
         lines = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = _parse(line)
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                yield line, _parse(line)
+            except _DAMAGE as error:
                 if number == len(lines):
                     return
                 raise DataError(
                     f"{self.path}:{number}: not a record, which is a JSON object with type, "
                     f"format_version and the fields of its type: {error!r}"
                 ) from None
-            if record is not None:
-                yield record
 
 
-def _is_found_again(record: Record, step: int) -> bool:
+def _end_last_line(path: Path) -> None:
+    """Give a last line its break if it lacks nothing else, or cut it off."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read() in (b"", b"\n"):
+            return
+        file.seek(0)
+        last = file.read().rpartition(b"\n")[2]
+        try:
+            _parse(last)
+        except _DAMAGE:
+            file.truncate(size - len(last))
+        else:
+            file.write(b"\n")
+
+
+def _is_found_again(record: Record | None, step: int) -> bool:
     """Whether a run that goes back to ``step`` writes ``record`` once more."""
     if isinstance(record, EventRecord):
         return record.event == LOSS_SPIKE and record.step > step
     return isinstance(record, StepRecord | EvalRecord | MonitorRecord) and record.step > step
+
+
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What ``_parse`` raises for a line that is no record."""
 
 
 def _parse(line: bytes) -> Record | None:

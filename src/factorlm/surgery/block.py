@@ -57,7 +57,8 @@ def read_structure(section: Mapping[str, Any]) -> dict[str, Any]:
 
     ``structure`` names a registered structure and its fields stand beside it, or ``layers`` maps
     names and patterns to such targets; ``param_ratio``, ``multiple_of`` and ``keep_first_dense``
-    are passed on, where they are not null. An empty section gives ``{"structure": None}``: a dense model.
+    are passed on, where they are not null. An empty section gives ``{"structure": None}``: a dense
+    model.
     """
     fields = dict(section)
     options = ("param_ratio", "multiple_of", "keep_first_dense")
