@@ -58,6 +58,31 @@ def test_half_written_last_line_is_left_out(records: RecordFile, half: bytes) ->
     assert list(records) == [step(1), step(2)]
 
 
+@pytest.mark.parametrize("half", [b'{"type": "st', b"\xff\xfe"])
+@pytest.mark.parametrize("before", [(), (step(1),)])
+def test_a_record_after_a_half_written_line_is_whole(
+    records: RecordFile, before: tuple[StepRecord, ...], half: bytes
+) -> None:
+    """As ``factorlm eval`` writes one to a run that was killed; the run has to go on after it."""
+    for record in before:
+        records.append(record)
+    records.path.open("ab").write(half)
+    records.append(step(2))
+    assert list(records) == [*before, step(2)]
+
+
+def test_a_last_line_without_its_break_is_kept(records: RecordFile) -> None:
+    records.path.write_text(step(1).to_json())
+    records.append(step(2))
+    assert list(records) == [step(1), step(2)]
+
+
+def test_a_record_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    records = RecordFile(tmp_path / "gone" / "records.jsonl")
+    with pytest.raises(StorageError, match=r"cannot write .*gone/records\.jsonl"):
+        records.append(step(1))
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -95,3 +120,12 @@ def test_drop_after_keeps_what_is_not_done_again(records: RecordFile) -> None:
     records.drop_after(1, 1)
     records.append(step(2))
     assert list(records) == [*kept, step(2)]
+
+
+def test_drop_after_keeps_what_a_later_version_wrote(records: RecordFile) -> None:
+    newer = '{"type": "new", "format_version": 1, "step": 3, "x": 1}\n'
+    records.append(step(1))
+    records.path.open("a").write(newer)
+    records.append(step(2))
+    records.drop_after(1)
+    assert records.path.read_text() == step(1).to_json() + "\n" + newer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -27,7 +28,7 @@ ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:work|home|root|Users|mnt|scratch)/[\w.]|
 def text_files() -> list[Path]:
     """Everything that a person wrote; pictures and build products left out."""
     kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".sh", ".json", ".jsonl", ""}
-    found = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in kinds]
+    found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     hidden = {"__pycache__", ".pytest_cache"}
@@ -100,6 +101,17 @@ def test_layout_of_readme_is_true_and_complete() -> None:
     ours = {f"src/factorlm/{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     top = {f"{name}/" for name in FOLDERS if not name.startswith(".")} - {"src/"}
     assert ours | top | {"recipes/ladders/", "recipes/papers/", "src/factorlm/"} == set(named)
+
+
+def test_no_folder_is_there_that_nobody_knows_of() -> None:
+    """As the pictures that a command left in its default folder, which ``git add`` took along."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git tree: what belongs to it is not known")
+    folders = {line.partition("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    assert folders == set(FOLDERS)
 
 
 def test_layers_of_contributing_are_those_of_the_lint() -> None:

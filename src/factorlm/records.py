@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypedDict
 
 from factorlm.errors import DataError
 from factorlm.registry import Registry
-from factorlm.storage import atomic_write_text, fileops, storage_errors
+from factorlm.storage import atomic_write_bytes, fileops, storage_errors
 
 FORMAT_VERSION = 1
 RECORDS_FILE = "records.jsonl"
@@ -266,47 +266,63 @@ class RecordFile:
         after it, evaluations after ``evaluated_step``. A half-written last line goes too."""
         if not self.path.exists():
             return
-        kept = [record for record in self if not _is_found_again(record, step, evaluated_step)]
-        atomic_write_text(self.path, "".join(record.to_json() + "\n" for record in kept))
+        kept = [
+            line + b"\n"
+            for line, record in self._lines()
+            if not _is_found_again(record, step, evaluated_step)
+        ]
+        atomic_write_bytes(self.path, b"".join(kept))
 
     def __iter__(self) -> Iterator[Record]:
         """All known records in order. A half-written last line is left out.
 
         Raises ``DataError`` naming file and line for a damaged line before the last.
         """
+        return (record for _, record in self._lines() if record is not None)
+
+    def _lines(self) -> Iterator[tuple[bytes, Record | None]]:
+        """Every line with its record, None where that is not known."""
         lines = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = _parse(line)
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                yield line, _parse(line)
+            except _DAMAGE as error:
                 if number == len(lines):
                     return
                 raise DataError(
                     f"{self.path}:{number}: not a record, which is a JSON object with type, "
                     f"format_version and the fields of its type: {error!r}"
                 ) from None
-            if record is not None:
-                yield record
 
 
 def _end_last_line(file: FileIO) -> None:
-    """Cut a last line without a line break, which a crash or a full disk left."""
+    """Give a last line its break if it lacks nothing else, or cut off what a crash or a full disk
+    left of it."""
     size = os.fstat(file.fileno()).st_size
     if size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n":
         return
-    data = os.pread(file.fileno(), size, 0)
-    os.ftruncate(file.fileno(), data.rfind(b"\n") + 1)
+    last = os.pread(file.fileno(), size, 0).rpartition(b"\n")[2]
+    try:
+        _parse(last)
+    except _DAMAGE:
+        os.ftruncate(file.fileno(), size - len(last))
+    else:
+        fileops.write(file, b"\n")
 
 
-def _is_found_again(record: Record, step: int, evaluated_step: int) -> bool:
+def _is_found_again(record: Record | None, step: int, evaluated_step: int) -> bool:
     """Whether a run that goes back to ``step`` writes ``record`` once more."""
     if isinstance(record, EvalRecord):
         return record.step > evaluated_step
     if isinstance(record, EventRecord):
         return record.event == LOSS_SPIKE and record.step > step
     return isinstance(record, StepRecord | MonitorRecord) and record.step > step
+
+
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What ``_parse`` raises for a line that is no record."""
 
 
 def _parse(line: bytes) -> Record | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -43,6 +44,16 @@ def test_last_model_is_of_the_last_step(tiny_run) -> None:
     *_, record = tiny_run.records
     assert isinstance(record, EvalRecord)
     assert (record.step, record.num_tokens) == (3, 300)
+
+
+def test_a_guided_evaluation_is_never_that_of_the_best_model(tiny_run) -> None:
+    """No model folder holds guides, however low their loss."""
+    first = next(r for r in tiny_run.records if isinstance(r, EvalRecord))
+    tiny_run.records.append(dataclasses.replace(first, loss=0.5, guided=True))
+    assert main(["eval", str(tiny_run.path)]) == 0
+    *_, record = tiny_run.records
+    assert isinstance(record, EvalRecord)
+    assert (record.step, record.num_tokens) == (2, 200)
 
 
 def test_evaluations_of_other_texts_do_not_change_a_comparison(

@@ -311,14 +311,12 @@ def test_damaged_progress_and_lost_shards_are_noticed(corpus, tmp_path, small_pi
         prepare(config)
 
 
-def test_a_folder_in_use_is_refused_at_once(corpus, tmp_path):
-    begin = time.monotonic()
+def test_a_folder_in_use_is_refused(corpus, tmp_path):
     with (
         folder_lock(tmp_path / "out", owner="factorlm prepare"),
         pytest.raises(StorageError, match=r"out is in use by factorlm prepare \(process"),
     ):
         prepare(config_for(corpus, tmp_path / "out"))
-    assert time.monotonic() - begin < 2
 
 
 def test_a_damaged_file_stops_tolerant_preparation_too(corpus, tmp_path):

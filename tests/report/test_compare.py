@@ -249,6 +249,10 @@ def test_missing_runs_are_named(tmp_path: Path) -> None:
             "low_rank, first too, rank 8",
         ),
         ({"layers": {"*": {"structure": "dense"}}}, "by layer"),
+        (
+            {"structure": "low_rank", "rank": 8, "param_ratio": None, "layers": None},
+            "low_rank, rank 8",
+        ),
     ],
 )
 def test_structure_label(section: dict[str, Any], label: str) -> None:

@@ -162,6 +162,11 @@ class TestRecipeSection:
             "keep_first_dense": False,
         }
 
+    def test_null_leaves_an_option_out(self) -> None:
+        """As ``--structure.param_ratio null`` over a recipe that has one."""
+        section = {"structure": "low_rank", "rank": 4, "param_ratio": None, "layers": None}
+        assert read_structure(section) == {"structure": FOUR}
+
     def test_layers(self) -> None:
         layers = {"*.up_proj": {"structure": "low_rank", "rank": 4}, "lm_head": None}
         assert read_structure({"layers": layers}) == {

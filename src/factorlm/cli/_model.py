@@ -72,11 +72,8 @@ class RunOfModel:
     def trained(self, *, best: bool) -> tuple[int, int]:
         """(steps, tokens) that the run's best or last model was trained for."""
         records = list(self._file)
-        evals = [
-            r
-            for r in records
-            if isinstance(r, EvalRecord) and r.source == "validation" and not r.guided
-        ]
+        of_training = (r for r in records if isinstance(r, EvalRecord) and r.source == "validation")
+        evals = [record for record in of_training if not record.guided]  # as none is saved
         if best and evals:
             part = min(record.num_eval_tokens for record in evals)  # what best is chosen on
             equal = [record for record in evals if record.num_eval_tokens == part]

@@ -33,8 +33,9 @@ class StructuredLinear(nn.Module, ABC):
     """y = x Wᵀ + b with W (O, I) a product of factors.
 
     A concrete class is final, declares the parameters that its config states as ``factors``
-    (they are allocated here), and implements the four abstract methods; ``products`` is there to
-    be overridden. The battery in ``factorlm.testing.contract`` proves a class.
+    (they are allocated here), and implements the four abstract methods; ``products`` and
+    ``matrices`` are there to be overridden. The battery in ``factorlm.testing.contract`` proves a
+    class.
     """
 
     bias: nn.Parameter | None

@@ -37,11 +37,11 @@ def build_optimizer(
 
     Args:
         kind: ``adamw``, ``torch.optim.AdamW`` itself; ``muon``, Muon for the weights of attention
-            and FFN, dense or factors, and of guides, and AdamW for the rest; ``spectron``, Spectron
-            where such a weight is two factors, else as ``muon``.
+            and FFN, dense or factors, and of guides, and AdamW for the rest; ``spectron`` and
+            ``lora_muon``, that rule where such a weight is two factors, else as ``muon``.
         decay: ``matrices`` decays parameters of two or more dimensions and spares biases and
             norms; ``all`` decays everything (the rule of arXiv 2407.09835).
-        momentum: of Muon and Spectron; ``betas`` and ``eps`` are AdamW's.
+        momentum: of Muon, Spectron and LoRA-Muon; ``betas`` and ``eps`` are AdamW's.
         factor_rates: ``structure_aware``, with ``adamw`` only, multiplies the rate of each factor
             by its ``factor_multipliers``. In a model without decoder layers these are the factors
             of every structured linear in it.
@@ -53,7 +53,7 @@ def build_optimizer(
     have them, and ``rate_multiplier``: its ``lr`` is to be the rate times that, on a schedule too.
 
     Raises ``ConfigError`` for an unknown kind, for values that are wrong or do not go together, and
-    for ``muon`` and ``spectron`` where the model has no weight that they would train.
+    for a kind other than ``adamw`` where the model has no weight that it would train.
     """
     chosen = kind_named(kind)
     _check_numbers(learning_rate, weight_decay, decay)

@@ -17,7 +17,7 @@ from factorlm.optim.rule import RULES
 class FactorOptimizer(torch.optim.Optimizer):
     """``torch.optim.Optimizer`` over groups that name their update rule.
 
-    A group is a dict with ``params``, ``rule`` ("adamw", "muon", "spectron"; ``RULES``), ``lr``
+    A group is a dict with ``params``, ``rule`` (a name in ``RULES``, such as "spectron"), ``lr``
     and that rule's options, for which the rule has values of its own; ``lr`` and ``rule`` default
     to the arguments. Other keys of a group are kept and not read. It asks nothing of a model, and
     works with learning-rate schedulers, with state dicts and with FSDP2.

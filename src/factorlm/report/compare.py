@@ -176,6 +176,7 @@ def _of_type(records: Sequence[Record], kind: type[Any]) -> list[Any]:
 
 def structure_label(section: Mapping[str, Any]) -> str:
     """A recipe's ``structure`` section in a few words: ``low_rank, 32%``, ``low_rank, rank 64``."""
+    section = {key: value for key, value in section.items() if value is not None}
     if "layers" in section:
         return "by layer"
     fields = [str(section.get("structure", "dense"))]

@@ -6,13 +6,11 @@ stage, ``main`` or ``tune``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from factorlm.records import RunRecord
 from factorlm.report.compare import structure_label
-
-Trait = Callable[[dict[str, Any]], str]
 
 
 def family_labels(runs: Sequence[RunRecord]) -> list[str]:

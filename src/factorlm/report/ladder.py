@@ -1,4 +1,4 @@
-"""A ladder's plan and its progress as tables and words."""
+"""A ladder's plan as a table and in words."""
 
 from __future__ import annotations
 

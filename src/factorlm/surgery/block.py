@@ -57,11 +57,13 @@ def read_structure(section: Mapping[str, Any]) -> dict[str, Any]:
 
     ``structure`` names a registered structure and its fields stand beside it, or ``layers`` maps
     names and patterns to such targets; ``param_ratio``, ``multiple_of`` and ``keep_first_dense``
-    are passed on. An empty section gives ``{"structure": None}``: a dense model.
+    are passed on, where they are not null. An empty section gives ``{"structure": None}``: a dense
+    model.
     """
     fields = dict(section)
     options = ("param_ratio", "multiple_of", "keep_first_dense")
-    arguments = {name: fields.pop(name) for name in options if fields.get(name) is not None}
+    stated = {name: fields.pop(name, None) for name in options}
+    arguments = {name: value for name, value in stated.items() if value is not None}
     layers = fields.pop("layers", None)
     if layers is None and not fields:
         check(not arguments, f"structure.structure must be named beside {', '.join(arguments)}")

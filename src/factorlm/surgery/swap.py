@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -64,7 +64,8 @@ def factorize_(
     again. Raises ``ConfigError``, before anything is changed, if nothing matches or sizes do not
     fit.
     """
-    check(weights in ("project", "reset", "empty"), f"weights={weights!r} is not a way to fill")
+    known = get_args(Weights)
+    check(weights in known, f"weights={weights!r} must be one of {known}")
     check(
         multiple_of is None or param_ratio is not None,
         f"multiple_of={multiple_of} rounds a size that is solved: it needs param_ratio",

@@ -9,6 +9,13 @@ from typing import Any, Literal
 from factorlm.config import Config, check
 
 
+def _at_least_one(section: str, config: Config, *names: str) -> None:
+    """Refuse a count of ``section`` that is stated and under 1."""
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= 1, f"{section}.{name}={value} must be at least 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection(Config):
     """Which Transformer, before its FFN is structured."""
@@ -24,7 +31,7 @@ class ModelSection(Config):
     """Start from the weights of this run, model folder or Hub id instead of a preset."""
 
     def __post_init__(self) -> None:
-        check(self.vocab_size >= 1, f"model.vocab_size={self.vocab_size} must be at least 1")
+        _at_least_one("model", self, "vocab_size")
         check(
             self.preset is None or self.init_from is None,
             f"model.preset={self.preset!r} and model.init_from={self.init_from!r}: name only one "
@@ -46,10 +53,7 @@ class DataSection(Config):
     """The tokenizer that ``factorlm prepare`` is given if ``path`` is not there."""
 
     def __post_init__(self) -> None:
-        check(
-            self.context_length >= 1,
-            f"data.context_length={self.context_length} must be at least 1",
-        )
+        _at_least_one("data", self, "context_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +186,7 @@ class BatchSection(Config):
     """Training tokens; the steps are the whole ones that they give."""
 
     def __post_init__(self) -> None:
-        count = self.num_sequences
-        check(count >= 1, f"batch.num_sequences={count} must be at least 1")
-        micro = self.micro_batch
-        check(micro is None or micro >= 1, f"batch.micro_batch={micro} must be at least 1")
-        for name in ("num_steps", "num_tokens"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"batch.{name}={value} must be at least 1")
+        _at_least_one("batch", self, "num_sequences", "micro_batch", "num_steps", "num_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +203,8 @@ class EvalSection(Config):
     """Sequences of one forward pass; None: as in training."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "num_tokens", "final_num_tokens", "num_sequences"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"eval.{name}={value} must be at least 1")
+        counts = ("every_steps", "num_tokens", "final_num_tokens", "num_sequences")
+        _at_least_one("eval", self, *counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +219,8 @@ class CheckpointSection(Config):
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        every, minutes = self.every_steps, self.every_minutes
-        check(every is None or every >= 1, f"checkpoint.every_steps={every} must be at least 1")
+        _at_least_one("checkpoint", self, "every_steps")
+        minutes = self.every_minutes
         check(minutes >= 0, f"checkpoint.every_minutes={minutes} must be at least 0")
         check(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2")
 
@@ -248,11 +245,11 @@ class ParallelSection(Config):
     """How long a process waits for its peers."""
 
     def __post_init__(self) -> None:
-        threads, timeout = self.num_threads, self.timeout_seconds
-        check(threads is None or threads >= 1, f"parallel.num_threads={threads} must be at least 1")
+        _at_least_one("parallel", self, "num_threads")
+        seconds = self.timeout_seconds
         check(
-            0 < timeout < math.inf,
-            f"parallel.timeout_seconds={timeout} must be above 0 and finite",
+            0 < seconds < math.inf,
+            f"parallel.timeout_seconds={seconds} must be above 0 and finite",
         )
 
 
@@ -265,8 +262,7 @@ class MonitorSection(Config):
     told in any case."""
 
     def __post_init__(self) -> None:
-        every = self.every_steps
-        check(every is None or every >= 1, f"monitor.every_steps={every} must be at least 1")
+        _at_least_one("monitor", self, "every_steps")
 
 
 @dataclass(frozen=True, kw_only=True)

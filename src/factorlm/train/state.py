@@ -36,7 +36,8 @@ def seed_step(seed: int, step: int, micro_batch: int) -> None:
 
     ``micro_batch`` counts over all processes: the draw does not depend on their number.
     """
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + micro_batch) % 2**64)
+    place = (seed * 1_000_003 + step) * 65_537 + micro_batch
+    torch.manual_seed(place % 2**64)  # all that PyTorch takes
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from factorlm.config import check
-from factorlm.errors import did_you_mean
+from factorlm.errors import InterruptedRun, did_you_mean
 from factorlm.registry import Registry
 from factorlm.scaling.ladder.config import ExecutorSection
 
-INTERRUPTED = 75
+INTERRUPTED = InterruptedRun.exit_code
 """Exit code of a run that stopped with a complete checkpoint."""
 POLL_SECONDS = 0.5
 """Between two looks at a stop file."""
