@@ -7,8 +7,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from factorlm.errors import ConfigError
-from factorlm.layers import BlockDenseConfig, DenseConfig, LowRankConfig, StructuredLinear
+from factorlm.errors import ConfigError, NumericError
+from factorlm.layers import (
+    BlockDenseConfig,
+    DenseConfig,
+    LowRankConfig,
+    SelfGuidedLinear,
+    StructuredLinear,
+)
 
 
 def test_is_abstract() -> None:
@@ -63,6 +69,20 @@ def test_low_precision_regions_do_not_round_what_is_exact() -> None:
         drawn = BlockDenseConfig(rank=4).build(6, 8)
     assert_close(layer.to_dense(), expected.to_dense())
     assert_close(drawn.L.T @ drawn.L, torch.eye(4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(NumericError, match="weight is not finite"):
+        LowRankConfig(rank=2).build(4, 5).project_(torch.full((5, 4), value))
+
+
+def test_a_parametrised_factor_is_read() -> None:
+    layer = LowRankConfig(rank=2).build(4, 5)
+    nn.utils.parametrizations.orthogonal(layer, "V")
+    x = torch.randn(3, 4)
+    assert_close(layer.to_linear()(x), layer(x))
+    assert_close(SelfGuidedLinear(layer)(x), layer(x))
 
 
 def test_relative_error_of_zero() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +71,18 @@ def test_a_target_needs_only_what_has_no_default() -> None:
 def test_a_wrong_target_is_refused(target: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         structure_from_target(target)
+
+
+@pytest.mark.parametrize("number", [4.0, True, "4", np.int64(4)])
+def test_a_size_is_an_int(number: object) -> None:
+    for config, field in (
+        (LowRankConfig, "rank"),
+        (BlockDenseConfig, "rank"),
+        (BlockDenseConfig, "num_blocks"),
+        (BlockShuffleConfig, "num_blocks"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{field}={re.escape(repr(number))} must be an int"):
+            config(**{field: number})
 
 
 def test_a_name_is_taken_once() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from factorlm.anatomy import anatomy_of
-from factorlm.errors import ConfigError
+from factorlm.errors import ConfigError, NumericError
 from factorlm.layers import (
     STRUCTURES,
     BlockDenseConfig,
@@ -149,6 +149,22 @@ def test_dtype_mode_and_frozenness_are_kept() -> None:
             assert (parameter.dtype, parameter.requires_grad) == (torch.bfloat16, False)
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_weights_and_biases_are_frozen_apart(frozen: str) -> None:
+    model = tiny_model("gpt2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    factorize_(model, LowRankConfig(rank=4))
+    factorize_(model, LowRankConfig(rank=3))
+    layer = model.transformer.h[1].mlp.c_fc
+    trainable = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+    weights = frozen == "bias"
+    assert trainable == {"V": weights, "U": weights, "bias": not weights}
+    densify_(model)
+    dense = model.transformer.h[1].mlp.c_fc
+    assert (dense.weight.requires_grad, dense.bias.requires_grad) == (weights, not weights)
+
+
 def test_a_structured_model_can_be_structured_again() -> None:
     model = tiny_model("llama").double()
     factorize_(model, LowRankConfig(rank=16))
@@ -239,6 +255,21 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="down_proj: rank=99"):
             factorize_(model, StructureMap(rules))
         assert not structured(model)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite(self, value: float) -> None:
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight[0, 0] = value
+        with pytest.raises(NumericError, match=r"layers\.2\.mlp\.up_proj\.weight is not finite"):
+            factorize_(model, LowRankConfig(rank=2))
+        assert not structured(model)
+        factorize_(model, LowRankConfig(rank=2), weights="reset")
+
+    @pytest.mark.parametrize("config", ["low_rank", LowRankConfig, {"*": LowRankConfig(rank=2)}])
+    def test_what_is_no_config(self, config: object) -> None:
+        with pytest.raises(ConfigError, match=r"config=.* must be a StructureConfig"):
+            factorize_(tiny_model("llama"), config)  # type: ignore[arg-type]
 
     def test_zero_matches_names_what_it_looked_at(self) -> None:
         with pytest.raises(ConfigError, match=r"filter_fn chose none of the 22 .*LlamaForCausalLM"):

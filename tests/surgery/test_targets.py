@@ -31,6 +31,10 @@ class TestStructureMap:
     def test_case_matters(self) -> None:
         assert StructureMap({"MLP*": TWO}).config_for("mlp.up") is None
 
+    def test_a_rule_is_a_config(self) -> None:
+        with pytest.raises(ConfigError, match=r"'a' must be a StructureConfig or None.*from_targ"):
+            StructureMap({"a": {"structure": "low_rank", "rank": 2}})  # type: ignore[dict-item]
+
     def test_in_a_model_it_decides_alone(self) -> None:
         model = tiny_model("llama", device="meta")
         rules = {"model.layers.0.mlp.up_proj": FOUR, "*.1.mlp.*": TWO, "*.q_proj": FOUR}

@@ -9,16 +9,19 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self, final
+from typing import Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from factorlm.config import check
+from factorlm.errors import NumericError
 from factorlm.layers.config import Factor, StructureConfig
 from factorlm.layers.initialization import gaussian, structure_aware_std
 from factorlm.layers.projection import wide
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @contextmanager
@@ -134,13 +137,15 @@ class StructuredLinear(nn.Module, ABC):
     def project_(self, weight: Tensor) -> Self:
         """Set the factors to the best approximation of ``weight`` (O, I) in Frobenius norm.
 
-        Computed in float32 or wider, with balanced factors. The bias is left as it is.
+        Computed in float32 or wider, with balanced factors. The bias is left as it is. Raises
+        ``NumericError`` for a weight that is not finite.
         """
         expected = (self.out_features, self.in_features)
         check(
             tuple(weight.shape) == expected,
             f"weight has shape {tuple(weight.shape)}, not (out_features, in_features)={expected}",
         )
+        check_finite("weight", weight)
         with _exact(weight.device):
             self._copy_factors(self.nearest_factors(wide(weight)))
         return self
@@ -150,7 +155,8 @@ class StructuredLinear(nn.Module, ABC):
             self.get_parameter(factor.name).copy_(value)
 
     def _device(self) -> torch.device:
-        return self.get_parameter(self.factors[0].name).device
+        factor: Tensor = getattr(self, self.factors[0].name)  # parametrised, it is no parameter
+        return factor.device
 
     @property
     def weight(self) -> Tensor:
@@ -165,7 +171,8 @@ class StructuredLinear(nn.Module, ABC):
 
     @staticmethod
     def from_linear(linear: nn.Linear, config: StructureConfig) -> StructuredLinear:
-        """The best approximation of ``linear`` by ``config``: same device, dtype, mode."""
+        """The best approximation of ``linear`` by ``config``: same device, dtype, mode, and
+        trainable where ``linear`` is."""
         like = linear.weight
         sizes = (linear.in_features, linear.out_features)
         # Built on the meta device, since an initialisation that is overwritten costs an SVD.
@@ -174,10 +181,11 @@ class StructuredLinear(nn.Module, ABC):
         if layer.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(linear.bias)
-        return layer.train(linear.training).requires_grad_(like.requires_grad)
+        return alike_(layer, linear)
 
     def to_linear(self) -> nn.Linear:
-        """A dense ``nn.Linear`` with the same weight, bias, device, dtype and mode."""
+        """A dense ``nn.Linear`` with the same weight, bias, device, dtype and mode, trainable where
+        a factor is; its bias, where the bias is."""
         dense = self.weight
         linear = nn.utils.skip_init(
             nn.Linear,
@@ -191,8 +199,7 @@ class StructuredLinear(nn.Module, ABC):
             linear.weight.copy_(dense)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
-        trainable = self.get_parameter(self.factors[0].name).requires_grad
-        return linear.train(self.training).requires_grad_(trainable)
+        return alike_(linear, self)
 
     def relative_error(self, weight: Tensor) -> float:
         """‖W − to_dense()‖ / ‖W‖ in Frobenius norm, in float64; 0 where both are zero."""
@@ -208,6 +215,22 @@ class StructuredLinear(nn.Module, ABC):
         ]
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return ", ".join([sizes, f"bias={self.bias is not None}", *fields])
+
+
+def alike_(new: Layer, old: nn.Module) -> Layer:
+    """Give ``new``, which takes the place of the linear layer ``old``, its mode and what is
+    trainable of it: weights if one of ``old`` is, the bias if its bias is."""
+    weights = [parameter for parameter in old.parameters() if parameter is not old.bias]
+    new.train(old.training).requires_grad_(any(weight.requires_grad for weight in weights))
+    if isinstance(new.bias, Tensor) and isinstance(old.bias, Tensor):
+        new.bias.requires_grad_(old.bias.requires_grad)
+    return new
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ``NumericError`` for NaN and infinity: there is no nearest product of factors."""
+    if not tensor.is_meta and not bool(tensor.isfinite().all()):
+        raise NumericError(f"{name} is not finite: it cannot be approximated by factors")
 
 
 class _Dense(nn.Module):

@@ -9,11 +9,11 @@ from typing import Self, final
 import torch
 from torch import Tensor, nn
 
-from factorlm.config import check
 from factorlm.layers.base import StructuredLinear
 from factorlm.layers.config import (
     Factor,
     StructureConfig,
+    check_count,
     check_divides,
     check_rank,
     check_ratio,
@@ -36,8 +36,9 @@ class BlockDenseConfig(StructureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.num_blocks >= 1, f"num_blocks={self.num_blocks} must be at least 1")
-        check(self.rank is None or self.rank >= 1, f"rank={self.rank} must be at least 1")
+        check_count("num_blocks", self.num_blocks)
+        if self.rank is not None:
+            check_count("rank", self.rank)
 
     def factors(self, in_features: int, out_features: int) -> tuple[Factor, ...]:
         """B then L."""

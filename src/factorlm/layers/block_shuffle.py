@@ -13,12 +13,12 @@ from typing import Self, final
 import torch
 from torch import Tensor, nn
 
-from factorlm.config import check
 from factorlm.errors import ConfigError
 from factorlm.layers.base import StructuredLinear
 from factorlm.layers.config import (
     Factor,
     StructureConfig,
+    check_count,
     check_divides,
     check_ratio,
     register_structure,
@@ -45,8 +45,8 @@ class BlockShuffleConfig(StructureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        blocks = self.num_blocks
-        check(blocks is None or blocks >= 1, f"num_blocks={blocks} must be at least 1")
+        if self.num_blocks is not None:
+            check_count("num_blocks", self.num_blocks)
 
     def validate(self, in_features: int, out_features: int) -> None:
         """G divides I and O. Warns when G² > m: some input blocks cannot reach some outputs."""

@@ -162,9 +162,15 @@ def structure_from_target(target: Mapping[str, Any]) -> StructureConfig:
     return cls.from_dict(fields)
 
 
+def check_count(name: str, value: int) -> None:
+    """Refuse what is no Python ``int``, which a file could not hold, and numbers below 1."""
+    check(type(value) is int, f"{name}={value!r} must be an int")
+    check(value >= 1, f"{name}={value} must be at least 1")
+
+
 def check_ratio(ratio: float, multiple_of: int) -> None:
     """Refuse a parameter share or a multiple that no structure can serve."""
-    check(ratio > 0, f"ratio={ratio} must be above 0")
+    check(0 < ratio < math.inf, f"ratio={ratio} must be above 0 and finite")
     check(multiple_of >= 1, f"multiple_of={multiple_of} must be at least 1")
 
 

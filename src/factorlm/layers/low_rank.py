@@ -8,11 +8,11 @@ from typing import Self, final
 import torch
 from torch import Tensor, nn
 
-from factorlm.config import check
 from factorlm.layers.base import StructuredLinear
 from factorlm.layers.config import (
     Factor,
     StructureConfig,
+    check_count,
     check_rank,
     check_ratio,
     register_structure,
@@ -32,7 +32,8 @@ class LowRankConfig(StructureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.rank is None or self.rank >= 1, f"rank={self.rank} must be at least 1")
+        if self.rank is not None:
+            check_count("rank", self.rank)
 
     def factors(self, in_features: int, out_features: int) -> tuple[Factor, ...]:
         """V then U."""

@@ -85,7 +85,7 @@ class SelfGuidedLinear(StructuredWrapper):
     def __init__(self, structured: StructuredLinear, *, form: GuideForm = "auto") -> None:
         check(form in get_args(GuideForm), f"form={form!r} must be one of {get_args(GuideForm)}")
         super().__init__(structured)
-        like = structured.get_parameter(structured.factors[0].name)
+        like: Tensor = getattr(structured, structured.factors[0].name)
         self.form: GuideForm = form
         self.guide = Guide(
             structured.in_features, structured.out_features, device=like.device, dtype=like.dtype

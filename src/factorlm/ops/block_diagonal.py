@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from factorlm.ops.autocast import matmul_dtype
+from factorlm.ops.autocast import is_cast, matmul_dtype
+from factorlm.ops.observed import is_transformed
 
 FEW_TOKENS = 64
 """Up to here one batched matmul and a copy are taken on a CPU, for its one call in place of one for
@@ -31,10 +32,12 @@ def block_diagonal(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Ten
 
     Keeps x and nothing else for the backward pass, which is not differentiable again.
     """
-    if torch.compiler.is_compiling():  # the compiler plans the memory itself
+    # A compiler plans the memory itself; a transform needs operators that PyTorch knows.
+    if torch.compiler.is_compiling() or is_transformed():
         return block_diagonal_batched(x, blocks, bias)
-    dtype = matmul_dtype(x)
-    x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
+    if is_cast(x):
+        dtype = matmul_dtype(x)
+        x, blocks, bias = x.to(dtype), blocks.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled():
         y: Tensor = _BlockDiagonal.apply(x, blocks, bias)
         return y

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from factorlm.ops.autocast import matmul_dtype
+from factorlm.ops.autocast import is_cast, matmul_dtype
 from factorlm.ops.block_diagonal import (
     FEW_TOKENS,
     as_rows,
@@ -21,6 +21,7 @@ from factorlm.ops.block_diagonal import (
     multiply_each,
     panels,
 )
+from factorlm.ops.observed import is_transformed
 
 TOKENS_AT_ONCE = 2048
 """On a CPU without gradients: of so many the values between the two products are held."""
@@ -60,20 +61,21 @@ def _in_groups(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) ->
     block is dense, and the step of the other is no less than the first's size, which is all that
     ``torch.bmm`` asks for. So at any number of tokens there are two products and no copy between.
     """
-    few = x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS
-    if few or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():  # see ``block_diagonal``
         return _token_major(x, first, second, bias)
-    return _feature_major(x, first, second, bias)
+    few = x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS
+    return (_token_major if few else _feature_major)(x, first, second, bias)
 
 
 def _token_major(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
     """Hidden values lie as (N, m) and are copied into the order of the groups.
 
     Where G² divides m and there are more tokens than columns, the rows of ``first`` are put in that
-    order, which moves less than the tokens' values and leaves these in runs of m/G².
+    order, which moves less than the tokens' values and leaves these in runs of m/G². An exported
+    program serves any number of tokens, and must not ask.
     """
     num_blocks, block_hidden, fan_in = first.shape
-    if block_hidden % num_blocks or x.shape[0] < fan_in:
+    if block_hidden % num_blocks or torch.compiler.is_exporting() or x.shape[0] < fan_in:
         hidden = block_diagonal(x, first).unflatten(1, (block_hidden, num_blocks))
     else:
         grouped = first.unflatten(1, (-1, num_blocks)).transpose(1, 2).flatten(1, 2)
@@ -83,9 +85,10 @@ def _token_major(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) 
 
 def _feature_major(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
     """Hidden values lie as (m, N): group q is rows q, q + G, ..., so that nothing is copied."""
-    dtype = matmul_dtype(x)
-    x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    if is_cast(x):
+        dtype = matmul_dtype(x)
+        x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled():
         y: Tensor = _Grouped.apply(x, first, second, bias)
         return y

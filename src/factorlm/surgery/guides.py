@@ -7,14 +7,13 @@ from typing import NoReturn
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from factorlm.config import check
 from factorlm.errors import ConfigError
 from factorlm.layers import StructuredLinear
 from factorlm.layers.self_guided import GuideForm, SelfGuidedLinear
 from factorlm.optim import GuideSchedule
-from factorlm.surgery.swap import check_not_premerged, replace_everywhere
+from factorlm.surgery.swap import check_not_premerged, hugging_face_models, replace_everywhere
 
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 """Where DDP looks up what a model leaves out of it."""
@@ -56,8 +55,8 @@ def attach_guides_(model: nn.Module, *, form: GuideForm = "auto") -> list[str]:
     check("" not in layers, "the model itself is the layer: use SelfGuidedLinear")
     for layer in layers.values():
         replace_everywhere(model, layer, SelfGuidedLinear(layer, form=form))
-    if isinstance(model, PreTrainedModel):
-        model.__dict__["save_pretrained"] = _refuse_to_save
+    for inner in hugging_face_models(model):
+        inner.__dict__["save_pretrained"] = _refuse_to_save
     return list(layers)
 
 
@@ -77,8 +76,8 @@ def detach_guides_(model: nn.Module) -> list[nn.Parameter]:
     layers = guided_layers(model)
     for layer in layers.values():
         replace_everywhere(model, layer, layer.structured)
-    if isinstance(model, PreTrainedModel):
-        model.__dict__.pop("save_pretrained", None)
+    for inner in hugging_face_models(model):
+        inner.__dict__.pop("save_pretrained", None)
     return [layer.guide.weight for layer in layers.values()]
 
 

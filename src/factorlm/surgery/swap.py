@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,7 @@ from factorlm.layers import (
     StructuredLinear,
     saved_name,
 )
+from factorlm.layers.base import alike_, check_finite
 from factorlm.surgery.block import QUANT_METHOD, write_block
 from factorlm.surgery.report import SwapReport, SwapRow
 from factorlm.surgery.targets import FilterFn, StructureMap, choose, solve
@@ -61,9 +63,15 @@ def factorize_(
         multiple_of: what that size is a multiple of; None takes ``default_multiple``.
 
     The model's config gets a ``quantization_config`` block, by which the saved model is built
-    again. Raises ``ConfigError``, before anything is changed, if nothing matches or sizes do not
-    fit.
+    again; so does that of every Hugging Face model inside ``model``. Raises, before anything is
+    changed, ``ConfigError`` if nothing matches or sizes do not fit, and ``NumericError`` for
+    weights to approximate that are not finite.
     """
+    check(
+        isinstance(config, StructureConfig | StructureMap),
+        f"config={config!r} must be a StructureConfig, such as LowRankConfig(rank=64), or a "
+        "StructureMap",
+    )
     known = get_args(Weights)
     check(weights in known, f"weights={weights!r} must be one of {known}")
     check(
@@ -78,10 +86,12 @@ def factorize_(
         name: _solve(name, chosen[name], module, param_ratio, multiple_of)
         for name, module in modules.items()
     }
-    std = initializer_std(model) if weights == "reset" else None
+    if weights == "project":
+        _check_finite(modules)
+    stds = _initializer_stds(model)
     rows = []
     for name, module in modules.items():
-        layer = _structured(module, configs[name], weights, std)
+        layer = _structured(module, configs[name], weights, stds.get(id(module)))
         rows.append(_row(name, module, layer))
         replace_everywhere(model, module, layer)
     update_block(model)
@@ -105,26 +115,58 @@ def densify_(model: nn.Module) -> SwapReport:
     guided = any(isinstance(module, SelfGuidedLinear) for module in model.modules())
     check(not guided, f"{type(model).__name__} has guides attached: detach_guides_ first")
     check_not_premerged(model)
-    stock = None
-    if isinstance(model, PreTrainedModel):
-        with torch.device("meta"):
-            stock = stock_model(model)
+    stock = _stock_layers(model)
     rows = []
     for name, layer in layers.items():
         linear = layer.to_linear()
-        dense = linear if stock is None else _as_stock(linear, stock.get_submodule(name))
+        dense = _as_stock(linear, stock[id(layer)]) if id(layer) in stock else linear
         rows.append(_row(name, layer, dense))
         replace_everywhere(model, layer, dense)
     update_block(model)
     return SwapReport(tuple(rows), anatomy_of(model).experts)
 
 
-def initializer_std(model: nn.Module) -> float | None:
+def hugging_face_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The Hugging Face models in ``model``, the outermost ones: itself, or those that a wrapper
+    or a module of the user's holds."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from hugging_face_models(child)
+
+
+def initializer_std(model: PreTrainedModel) -> float | None:
     """The standard deviation that the model's family draws its weights with, None if unstated."""
-    if not isinstance(model, PreTrainedModel):
-        return None
     fields = model.config.get_text_config().to_dict()
     return fields.get("initializer_range") or fields.get("init_std")
+
+
+def _initializer_stds(model: nn.Module) -> dict[int, float | None]:
+    """Id of every module of a Hugging Face model -> the ``initializer_std`` of that model."""
+    return {
+        id(module): initializer_std(inner)
+        for inner in hugging_face_models(model)
+        for module in inner.modules()
+    }
+
+
+def _stock_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Id of every structured layer of a Hugging Face model -> what its family has, on meta."""
+    found = {}
+    for inner in hugging_face_models(model):
+        with torch.device("meta"):
+            stock = stock_model(inner)
+        for name, module in inner.named_modules():
+            if isinstance(module, StructuredLinear):
+                found[id(module)] = stock.get_submodule(name)
+    return found
+
+
+def _check_finite(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            check_finite(f"{name}.{key}", parameter)
 
 
 def _linear(model: nn.Module, name: str) -> LinearModule:
@@ -149,7 +191,8 @@ def _solve(
 def _structured(
     module: LinearModule, config: StructureConfig, weights: Weights, std: float | None
 ) -> StructuredLinear:
-    """A structured layer in the place of ``module``: same sizes, bias, device, dtype, mode."""
+    """A structured layer in the place of ``module``: same sizes, bias, device, dtype, mode, and
+    trainable where ``module`` is."""
     parameter = next(module.parameters())
     bias = dense_bias(module)
     layer = _empty_layer(config, module, device=parameter.device, dtype=parameter.dtype)
@@ -159,8 +202,7 @@ def _structured(
         layer.project_(dense_weight(module))
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
-    layer.train(module.training)
-    return layer.requires_grad_(parameter.requires_grad)
+    return alike_(layer, module)
 
 
 def _empty_layer(
@@ -213,27 +255,24 @@ def _row(name: str, before: LinearModule, after: LinearModule) -> SwapRow:
     )
 
 
-def _block(model: nn.Module) -> dict[str, object] | None:
-    """The ``quantization_config`` of a Hugging Face model as a plain dict, None if it has none."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    return model.config.to_dict().get("quantization_config")
-
-
 def _check_block(model: nn.Module) -> None:
-    block = _block(model)
-    method = None if block is None else block.get("quant_method")
-    check(
-        method in (None, QUANT_METHOD),
-        f"quantization_config.quant_method={method!r}: only full-precision weights are swapped",
-    )
+    for inner in hugging_face_models(model):
+        block = inner.config.to_dict().get("quantization_config") or {}
+        method = block.get("quant_method")
+        check(
+            method in (None, QUANT_METHOD),
+            f"quantization_config.quant_method={method!r}: only full-precision weights are swapped",
+        )
 
 
 def update_block(model: nn.Module) -> None:
-    """Write the ``quantization_config`` block for the structured layers that ``model`` has, or
-    remove it where there are none."""
-    if not isinstance(model, PreTrainedModel):
-        return
+    """Write the ``quantization_config`` block for the structured layers that ``model``, or a
+    Hugging Face model inside it, has; remove it where there are none."""
+    for inner in hugging_face_models(model):
+        _update_own_block(inner)
+
+
+def _update_own_block(model: PreTrainedModel) -> None:
     layers = {
         saved_name(name): module.config
         for name, module in model.named_modules()
@@ -263,5 +302,4 @@ def _as_stock(dense: nn.Linear, stock: nn.Module) -> LinearModule:
     layer.weight.copy_(dense.weight.T if isinstance(layer, Conv1D) else dense.weight)
     if dense.bias is not None and layer.bias is not None:
         layer.bias.copy_(dense.bias)
-    layer.train(dense.training)
-    return layer
+    return alike_(layer, dense)

@@ -31,6 +31,14 @@ class StructureMap:
 
     rules: Mapping[str, StructureConfig | None]
 
+    def __post_init__(self) -> None:
+        for rule, config in self.rules.items():
+            check(
+                config is None or isinstance(config, StructureConfig),
+                f"structure map: '{rule}' must be a StructureConfig or None, not {config!r}; "
+                "StructureMap.from_targets reads plain mappings",
+            )
+
     def config_for(self, name: str) -> StructureConfig | None:
         """The structure of the layer ``name``, None if it stays."""
         if name in self.rules:
