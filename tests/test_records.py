@@ -127,5 +127,5 @@ def test_drop_after_keeps_what_a_later_version_wrote(records: RecordFile) -> Non
     records.append(step(1))
     records.path.open("a").write(newer)
     records.append(step(2))
-    records.drop_after(1)
+    records.drop_after(1, 1)
     assert records.path.read_text() == step(1).to_json() + "\n" + newer
