@@ -117,6 +117,19 @@ def test_device_map_and_attention_implementation(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_layers_that_stay_on_disk(tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name, _ in model.model.named_children()}
+    places = {f"model.{name}": place for name, place in places.items() if name != "layers"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path / "off"
+    )
+    assert loaded.model.layers[1].mlp.up_proj.V.is_meta
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_dense_checkpoint_is_converted_while_it_is_loaded(tmp_path: Path) -> None:
     dense = tiny_model("llama")
     dense.save_pretrained(tmp_path)

@@ -245,7 +245,20 @@ def test_refuses(
         Decoder(model, max_length=20).generate(prompts, max_new_tokens=count)
 
 
-@pytest.mark.parametrize("pad_id", [-1, 99])
+def test_refuses_a_base_model_and_a_wrapper(model: PreTrainedModel) -> None:
+    for other in (model.base_model, torch.compile(model)):
+        with pytest.raises(ConfigError, match="cannot generate: a Hugging Face causal language"):
+            Decoder(other)
+
+
+def test_ends_at_the_tokens_of_a_tensor(model: PreTrainedModel) -> None:
+    found = generate_tokens(model, PROMPTS[:1], max_new_tokens=3, sampling=GREEDY)
+    eos = found.ids[0, :1]
+    ended = generate_tokens(model, PROMPTS[:1], max_new_tokens=3, sampling=GREEDY, eos_ids=eos)
+    assert ended.num_new_tokens == (1,)
+
+
+@pytest.mark.parametrize("pad_id", [-1, 99, None])
 def test_refuses_a_pad_that_is_no_token(model: PreTrainedModel, pad_id: int) -> None:
     rule = "must lie in the model's vocabulary, from 0 to 98"
     with pytest.raises(ConfigError, match=f"pad_id={pad_id} {rule}"):

@@ -259,6 +259,28 @@ def registered() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registered")
+def test_the_state_of_other_rules_is_refused() -> None:
+    weight = nn.Parameter(draw((4, 6), 0))
+    others = (FactorOptimizer([weight]), torch.optim.AdamW([weight]))
+    optimizer = FactorOptimizer([weight], rule="muon")
+    for other, rule in zip(others, ("adamw", None), strict=True):
+        with pytest.raises(ConfigError, match=f"rule='muon' of group 0 .* rule={rule!r}"):
+            optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_sparse_gradients_and_complex_matrices_are_refused(rule: str) -> None:
+    V, U = (nn.Parameter(draw(shape, 0)) for shape in ((3, 4), (5, 3)))
+    optimizer = FactorOptimizer([V, U], rule=rule)
+    V.grad, U.grad = draw((3, 4), 1).to_sparse(), draw((5, 3), 1).to_sparse()
+    with pytest.raises(ConfigError, match=f"rule='{rule}' takes no sparse gradients"):
+        optimizer.step()
+    if rule != "adamw":
+        factors = [nn.Parameter(factor.detach().to(torch.complex64)) for factor in (V, U)]
+        with pytest.raises(ConfigError, match=r"dtype=torch\.complex64 .* must be real"):
+            FactorOptimizer(factors, rule=rule)
+
+
 def test_a_rule_of_ones_own_takes_one_class() -> None:
     from factorlm.optim import Rule
 

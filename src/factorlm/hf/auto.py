@@ -102,7 +102,8 @@ def _named_as_in(model: Any, structures: Any) -> Any:
 
 def _check_loaded(model: nn.Module, shapes: Mapping[str, Any]) -> None:
     """Raise ``CheckpointError`` for tensors of another shape than ``shapes`` and for factors that
-    no file held, and compute the buffers that no file holds.
+    no file held, and compute the buffers that no file holds. What a ``device_map`` leaves on disk
+    is on the meta device here, and is looked for in its file by each call.
 
     Where there is a quantizer, older versions of transformers check no shape, and all leave absent
     tensors as they were allocated: garbage.
@@ -121,7 +122,7 @@ def _check_loaded(model: nn.Module, shapes: Mapping[str, Any]) -> None:
         if not isinstance(module, StructuredLinear):
             continue
         for key, tensor in module.state_dict(keep_vars=True).items():
-            if not getattr(tensor, "_is_hf_initialized", False):
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                 raise CheckpointError(
                     f"{name}.{key}: missing from the checkpoint, or of another shape in it"
                 )

@@ -60,6 +60,8 @@ class Decoder:
     ``premerge_`` dropped. After a change of the layers themselves (``premerge_``) make a new
     ``Decoder``. ``cuda_graph=False`` is for a model whose own code cannot be captured.
 
+    Raises ``ConfigError`` for what is no such model, a base model and a wrapper included.
+
     One object serves one thread at a time; threads that share a model take a ``Decoder`` each.
 
     ``compiled=True``, on a CPU, compiles the step of a token at the first one, which takes seconds
@@ -78,6 +80,7 @@ class Decoder:
         cuda_graph: bool = True,
         compiled: bool = False,
     ) -> None:
+        _check_model(model)
         self.model = model
         self.max_length = max_length
         self._cuda_graph = cuda_graph
@@ -111,7 +114,7 @@ class Decoder:
         longest = max(len(prompt) for prompt in prompts)
         steps = self._steps(len(prompts), longest + max_new_tokens)
         ids, num_pads = _pad_left(prompts, pad_id, device)  # waits for what ``_steps`` began
-        rows = _Rows(len(prompts), frozenset(eos_ids), pad_id, on_token, device)
+        rows = _Rows(len(prompts), frozenset(map(int, eos_ids)), pad_id, on_token, device)
         choose = Sampler(sampling, device)
         seconds: list[float] = []
         since = time.perf_counter()
@@ -150,7 +153,7 @@ class Decoder:
     def _check_ids(self, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
         limit = self.model.get_input_embeddings().num_embeddings
         rule = f"must lie in the model's vocabulary, from 0 to {limit - 1}"
-        check(0 <= pad_id < limit, f"pad_id={pad_id} {rule}")
+        check(pad_id is not None and 0 <= pad_id < limit, f"pad_id={pad_id} {rule}")
         wrong = [
             f"prompts[{row}][{place}]={token}"
             for row, prompt in enumerate(prompts)
@@ -221,6 +224,15 @@ def check_room(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: i
         free is None or max_new_tokens <= free,
         f"max_new_tokens={max_new_tokens} after a prompt of {num_prompt_tokens} tokens exceeds the "
         f"model's max_position_embeddings={limit}",
+    )
+
+
+def _check_model(model: object) -> None:
+    """Raise ``ConfigError`` unless ``model`` is a causal language model with a head, unwrapped."""
+    check(
+        isinstance(model, PreTrainedModel) and model.can_generate(),
+        f"{type(model).__name__} cannot generate: a Hugging Face causal language model is needed, "
+        "not its base model nor a wrapper",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch.optim.optimizer import ParamsT
 
+from factorlm.config import check
 from factorlm.errors import ConfigError
 from factorlm.optim.rule import RULES
 
@@ -51,13 +52,29 @@ class FactorOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's. Raises ``ConfigError`` for the state of an optimizer with other rules."""
+        for index, (own, saved) in enumerate(
+            zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ):
+            old, new = saved.get("rule"), own["rule"]
+            check(
+                old == new, f"rule={new!r} of group {index} differs from the state's rule={old!r}"
+            )
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; the loss of ``closure`` if there is one."""
+        """Update every parameter that has a gradient; the loss of ``closure`` if there is one.
+
+        Raises ``ConfigError`` for sparse gradients.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            sparse = any(p.grad is not None and p.grad.is_sparse for p in group["params"])
+            check(not sparse, f"rule={group['rule']!r} takes no sparse gradients")
             RULES[group["rule"]].update(group, self.state)
         return loss

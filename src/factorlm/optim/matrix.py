@@ -77,6 +77,8 @@ def check_matrices(rule: Rule, group: Group) -> None:
         shape = tuple(parameter.shape)
         rule.check(len(shape) >= 2, "shape", shape, "must have two dimensions or more")
         rule.check(parameter.numel() > 0, "shape", shape, "must not be empty")
+        dtype = parameter.dtype
+        rule.check(not dtype.is_complex, "dtype", dtype, "must be real")
     momentum, precision = group["momentum"], group["precision"]
     rule.check(0 <= momentum < 1, "momentum", momentum, "must lie in [0, 1)")
     known = get_args(Precision)
