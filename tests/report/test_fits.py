@@ -179,3 +179,13 @@ def test_the_base_is_dense_unless_another_is_named() -> None:
     assert base_of(families, "low_rank") == "low_rank"
     with pytest.raises(ConfigError, match=r"base='low_rnk' is none of .* Did you mean"):
         base_of(families, "low_rnk")
+
+
+def test_no_flops_for_equal_loss_where_a_loss_rises(tmp_path: Path) -> None:
+    losses = {"dense": (5.0, 4.5, 4.2, 4.0), "worse": (3.9, 4.1, 4.4, 4.8)}
+    for family, by_size in losses.items():
+        for size, loss in enumerate(by_size):
+            labels = {"ladder": "x", "family": family, "size": f"w{size}", "stage": "main"}
+            options = {"num_params": 1e4 * 3**size, "num_tokens": 1e6, "flops": 1e12 * 9**size}
+            write_run(tmp_path, f"{family}-{size}", **options, loss=loss, labels=labels)  # type: ignore[arg-type]
+    assert "The loss of worse does not fall with FLOPs" in fits_text(fits_of(tmp_path))

@@ -61,7 +61,7 @@ class Analysis:
     @property
     def has_entropy(self) -> bool:
         """Whether the points say what E is."""
-        return bool(self.laws) and not any(law.warnings for law in self.laws.values())
+        return bool(self.laws) and all(law.is_identified for law in self.laws.values())
 
 
 def analyse(families: Families, base: str, entropies: Sequence[float], level: float) -> Analysis:

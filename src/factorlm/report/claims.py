@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from factorlm.report.scaling import between, chance, percent
+from factorlm.report.tables import format_times
 from factorlm.scaling import Comparison, PowerLawFit
 
 SHOWN = 5e-5
@@ -97,11 +98,12 @@ def _multiplier_sentence(comparison: Comparison) -> list[str]:
     found = comparison.multipliers
     if not found:
         return []
-    ratios = [1 / one.multiplier for one in found]
+    ratios = [one.other_flops / one.base_flops for one in found]
     sure = sum(not one.multiplier_low <= 1 <= one.multiplier_high for one in found)
     return [
-        f"For equal loss {comparison.other} needs {ratios[0]:.2f}x the FLOPs of {comparison.base} "
-        f"at loss {found[0].loss:.2f} and {ratios[-1]:.2f}x at {found[-1].loss:.2f}; "
+        f"For equal loss {comparison.other} needs {format_times(ratios[0])}x the FLOPs of "
+        f"{comparison.base} at loss {found[0].loss:.2f} and {format_times(ratios[-1])}x at "
+        f"{found[-1].loss:.2f}; "
         f"the interval leaves out 1 at {sure} of {len(found)} losses on the way."
     ]
 

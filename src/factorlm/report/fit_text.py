@@ -160,13 +160,18 @@ def _multiplier_sections(fits: StudyFits) -> Iterator[Section]:
 
 def _multipliers(title: str, comparisons: Collection[Comparison]) -> Iterator[Section]:
     tables = [multiplier_table(one) for one in comparisons if one.multipliers]
-    notes = [
-        f"{one.other} and {one.base} have no loss in common."
-        for one in comparisons
-        if not one.multipliers
-    ]
+    notes = [_no_multipliers(one) for one in comparisons if not one.multipliers]
     if comparisons:
         yield Section(title=title, tables=tables, notes=notes)
+
+
+def _no_multipliers(comparison: Comparison) -> str:
+    slopes = comparison.slopes
+    pairs = (comparison.base, slopes.base_slope), (comparison.other, slopes.other_slope)
+    for name, slope in pairs:
+        if slope >= 0:
+            return f"The loss of {name} does not fall with FLOPs, so none are those for equal loss."
+    return f"{comparison.other} and {comparison.base} have no loss in common."
 
 
 def _bootstrap_section(fits: StudyFits) -> Section:

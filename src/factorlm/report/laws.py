@@ -71,7 +71,7 @@ def _fits(study: Study, families: Families, level: float) -> ScalingFits:
         warnings.simplefilter("ignore", FitWarning)  # the notes say it
         lines = {name: fit_line(*points, level=level) for name, points in families.items()}
     curves = line_curves(families, lines)
-    remarks = [f"{name}: {text}." for name, line in lines.items() for text in line.warnings]
+    remarks = _warnings(lines)
     if len(families) > MAX_COMPARED:
         tables = {LINES_TITLE: lines_table(lines, {}, base)}
         note = f"Over {MAX_COMPARED} families are not compared here: `factorlm scale fit` does it."
@@ -83,16 +83,18 @@ def _fits(study: Study, families: Families, level: float) -> ScalingFits:
     compared = honest_splits(compared, base, study)
     tables = {LINES_TITLE: lines_table(lines, compared, base)}
     remarks += [note for comparison in compared.values() for note in split_notes(comparison)]
-    notes = [
-        f"{SHARED} is not drawn: {name}: {text}."
-        for name, law in laws.items()
-        for text in law.warnings
-    ]
-    if notes:
+    if not all(law.is_identified for law in laws.values()):
+        notes = _warnings(laws, before=f"{SHARED} is not drawn: ")
         return ScalingFits(curves=curves, tables=tables, notes=[*remarks, *notes])
     tables[SHARED] = gamma_table((), laws, middle_loss(families))
     curves = [*shared_curves(families, laws, level), *curves]
-    return ScalingFits(curves=curves, tables=tables, notes=remarks)
+    return ScalingFits(curves=curves, tables=tables, notes=[*remarks, *_warnings(laws)])
+
+
+def _warnings(
+    fits: Mapping[str, LineFit] | Mapping[str, PowerLawFit], before: str = ""
+) -> list[str]:
+    return [f"{before}{name}: {text}." for name, fit in fits.items() for text in fit.warnings]
 
 
 def line_curves(families: Families, lines: Mapping[str, LineFit]) -> list[ScalingCurve]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from factorlm.report.tables import Table, format_scientific
+from factorlm.report.tables import Table, format_scientific, format_times
 from factorlm.scaling import Comparison, HeldOut, LineFit, PowerLawFit, SlopeDifference
 
 Families = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -111,8 +111,8 @@ def multiplier_table(comparison: Comparison) -> Table:
             f"{found.loss:.3f}",
             format_scientific(found.base_flops),
             format_scientific(found.other_flops),
-            f"{found.multiplier:.2f}",
-            f"{found.multiplier_low:.2f} to {found.multiplier_high:.2f}",
+            format_times(found.multiplier),
+            f"{format_times(found.multiplier_low)} to {format_times(found.multiplier_high)}",
         )
         for found in comparison.multipliers
     ]

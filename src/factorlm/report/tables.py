@@ -76,6 +76,14 @@ def format_scientific(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def format_times(value: float) -> str:
+    """A ratio: ``1.39``, far from 1 ``3.210e-5`` or ``2.341e24``; ``∞``."""
+    if math.isinf(value):
+        return "∞"
+    is_near = value == 0 or 0.01 <= value < 10_000
+    return f"{value:.2f}" if is_near else format_scientific(value)
+
+
 def format_seconds(seconds: float) -> str:
     """``8.3 s``, ``2:05 min``, ``1:02:03 h``."""
     if seconds < 59.95:

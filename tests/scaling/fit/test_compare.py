@@ -276,4 +276,12 @@ def test_a_line_that_rises_differs_by_all_of_its_slope() -> None:
     assert slopes["rising"] > 0.01
     assert found.slopes.difference == pytest.approx(slopes["rising"] - slopes["falling"], abs=1e-6)
     assert found.slopes.is_steeper is False
+    assert found.multipliers == ()
     assert "no crossing within the data" in str(found.crossing)
+
+
+def test_equal_losses_say_nothing_of_slopes() -> None:
+    points = np.geomspace(1e11, 1e15, 5), np.full(5, 3.0)
+    families = {"dense": points, "other": points}
+    assert compare_lines(families, "dense")["other"].slopes.is_steeper is None
+    assert compare_power_laws(families, "dense")["other"].slopes.is_steeper is None

@@ -99,6 +99,22 @@ def test_a_loss_that_does_not_move_has_no_slope() -> None:
     assert not fit.warnings
 
 
+def test_through_two_sizes_every_line_goes() -> None:
+    with pytest.warns(FitWarning, match="through two sizes a line goes exactly"):
+        fit_line([1e18, 1e18, 1e19, 1e19], [3.0, 3.01, 2.7, 2.71])
+
+
+def test_sizes_that_scatter_more_than_seeds_are_told() -> None:
+    """Where they do not, the probability is uniform."""
+    assert not any("farther off" in text for text in fit_line(COMPUTE, drawn(4)).warnings)
+    chances = [fit_line(COMPUTE, drawn(seed)).misfit_p_value for seed in range(200)]
+    assert scipy.stats.kstest(chances, "uniform").pvalue > 0.01
+    _, owner = np.unique(COMPUTE, return_inverse=True)
+    off = np.random.default_rng(0).normal(0, 0.03, owner.max() + 1)[owner]
+    with pytest.warns(FitWarning, match="farther off the line than seeds of one size"):
+        fit_line(COMPUTE, drawn(4) * np.exp(off))
+
+
 def test_every_field_is_a_float_with_a_name() -> None:
     assert all(type(value) is float for value in vars(fit_line(COMPUTE, drawn(2))).values())
 

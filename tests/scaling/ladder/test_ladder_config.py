@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,24 @@ TUNE = {"rule": "tune", "values": [1e-3, 2e-3, 4e-3], "sizes": ["a"]}
         ({"seeds": 0}, r"seeds=\[0\] must be at least 1"),
         ({"seeds_by_size": {"bb": 2}}, "seeds_by_size names an unknown size 'bb'; known: a, b, c"),
         ({"rate": TUNE | {"sizes": ["d"]}}, r"rate\.sizes names an unknown size 'd'"),
-        ({"rate": TUNE | {"values": [1e-3, 2e-3]}}, "must be at least three rates above 0"),
+        ({"rate": TUNE | {"values": [1e-3, 2e-3]}}, "must be at least three rates, finite"),
+        ({"rate": TUNE | {"values": [1e-3, 2e-3, math.inf]}}, "must be at least three rates"),
+        ({"rate": TUNE | {"values": [1e-3, 2e-3, 3e-3, 3e-3]}}, "above 0, each once"),
+        ({"rate": TUNE | {"sizes": ["a", "a"]}}, "must name each size once"),
+        ({"tokens": {"per_parameter": math.inf}}, "per_parameter=inf must be finite and above 0"),
+        ({"tokens": {"rule": "iso_flops", "flops": [math.inf]}}, "a list of finite numbers"),
+        ({"executor": ["local"]}, r"executor=\['local'\] must be a mapping of fields"),
+        ({"families": {"dense": None}}, r"families\.dense=None must be sections of a recipe"),
+        ({"sizes": {64: {}}}, r"sizes\.64: a name is a text; write it in quotes, '64'"),
         ({"rate": TUNE | {"token_share": 1.5}}, r"rate\.token_share=1\.5 must lie in \(0, 1\]"),
         ({"rate": {"values": [1e-3, 2e-3, 3e-3]}}, "'tune' states both values and sizes"),
         ({"tokens": {"rule": "fixed"}}, r"tokens\.num_tokens=None is for tokens\.rule='fixed'"),
         ({"tokens": {"num_tokens": 9}}, r"tokens\.num_tokens=9 is for tokens\.rule='fixed'"),
         ({"tokens": {"rule": "iso_flops"}}, r"tokens\.flops=\[\] is for tokens\.rule='iso_flops'"),
-        ({"tokens": {"per_parameter": 0}}, r"tokens\.per_parameter=0\.0 must be above 0"),
+        (
+            {"tokens": {"per_parameter": 0}},
+            r"tokens\.per_parameter=0\.0 must be finite and above 0",
+        ),
         ({"executor": {"workers": 0}}, r"executor\.workers=0 must be at least 1"),
         ({"executor": {"gpus": 2}}, r"executor\.gpus=2 must be 0 or 1"),
         ({"families": {"x": {"seed": 3}}}, r"families\.x\.seed is stated by the ladder itself"),

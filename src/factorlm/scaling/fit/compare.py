@@ -46,7 +46,8 @@ class Comparison:
     other: str
     slopes: SlopeDifference
     multipliers: tuple[ComputeMultiplier, ...]
-    """From the highest loss to the lowest that both families have; empty where none."""
+    """From the highest loss to the lowest that both families have; empty where none, and where
+    the loss of one does not fall."""
     crossing: Crossing
     split: SlopeSplit | None
     """Only for straight lines through equally many sizes."""
@@ -97,7 +98,9 @@ def _compare(
 ) -> Comparison:
     terms = terms_of(families, base, other)
     highest, lowest = common_losses(families[base], families[other])
-    losses = np.geomspace(highest, lowest, NUM_LOSSES if lowest < highest else 0)
+    exponents = fitted.theta[1 + fitted.law.num_terms :][list(terms)]
+    has_multipliers = lowest < highest and bool(np.all(exponents > 0))
+    losses = np.geomspace(highest, lowest, NUM_LOSSES if has_multipliers else 0)
     start = max(families[name][0].min() for name in (base, other))
     stop = min(families[name][0].max() for name in (base, other))
     return Comparison(

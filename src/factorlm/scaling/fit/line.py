@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from factorlm.scaling.fit.data import as_points, check_level, check_sizes, import_scipy, warn_user
+from factorlm.scaling.fit.data import (
+    as_points,
+    check_level,
+    check_sizes,
+    count_sizes,
+    import_scipy,
+    warn_user,
+)
+from factorlm.scaling.fit.misfit import misfit_p_value, misfit_warning, spread_of_seeds
 from factorlm.scaling.fit.solve import Fitted, Law
 
 FAR = 5.0
@@ -40,6 +48,10 @@ class LineFit:
     """By Huber's loss, which a run that went wrong moves little."""
     num_far: float
     """Points that are over ``FAR`` standard deviations, both by Huber's loss, from its line."""
+    num_sizes: float
+    misfit_p_value: float
+    """Probability that sizes lie so far off the line by the noise of seeds alone; NaN without
+    seeds, and for two sizes."""
 
     def predict(self, compute: ArrayLike) -> np.ndarray:
         """Loss at ``compute`` FLOPs, of the same shape."""
@@ -63,6 +75,15 @@ class LineFit:
             return (
                 "two points have no spread about their line: nothing says how sure its slope is",
             )
+        found = misfit_warning(self.misfit_p_value, "line")
+        if self.num_sizes == 2:
+            found = (
+                "through two sizes a line goes exactly: its interval is of the noise of seeds "
+                "alone, and nothing says that sizes are on a line",
+            )
+        return (*found, *self._far_warning())
+
+    def _far_warning(self) -> tuple[str, ...]:
         if not self.num_far:
             return ()
         return (
@@ -102,6 +123,8 @@ def fit_line(compute: ArrayLike, loss: ArrayLike, *, level: float = 0.95) -> Lin
         slope_error=error,
         robust_slope=robust_slope,
         num_far=num_far,
+        num_sizes=float(count_sizes(compute)),
+        misfit_p_value=misfit_p_value(compute, residuals, 2, spread_of_seeds([(compute, loss)])),
     )
     warn_user(fit.warnings)
     return fit

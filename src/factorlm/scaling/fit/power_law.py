@@ -17,6 +17,7 @@ from factorlm.scaling.fit.data import (
     count_sizes,
     warn_user,
 )
+from factorlm.scaling.fit.misfit import misfit_p_value, misfit_warning, spread_of_seeds
 from factorlm.scaling.fit.solve import MAX_EXPONENT, Fitted, Law, Quantity
 
 Points = tuple[ArrayLike, ArrayLike]
@@ -47,6 +48,9 @@ class PowerLawFit:
     """Standard deviation of log(loss) about the law, of all families that were fitted together."""
     degrees_of_freedom: float
     """Points of these families less their parameters."""
+    misfit_p_value: float
+    """Probability that sizes lie so far off the law by the noise of seeds alone, that of all these
+    families; NaN without seeds, and for two sizes."""
 
     def predict(self, compute: ArrayLike) -> np.ndarray:
         """Loss at ``compute`` FLOPs, of the same shape."""
@@ -67,6 +71,13 @@ class PowerLawFit:
         return -self.gamma * (1 - self.E / loss)
 
     @property
+    def is_identified(self) -> bool:
+        """Whether the points fix E and gamma."""
+        is_straight = self.E_low == 0 < self.E_high
+        has_gamma = self.gamma_high <= MAX_GAMMA_RATIO * self.gamma_low
+        return self.degrees_of_freedom > 0 and not is_straight and has_gamma
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the points cannot tell, in plain words."""
         if self.degrees_of_freedom <= 0:
@@ -74,13 +85,14 @@ class PowerLawFit:
                 "as many parameters as points: the law goes through every point, and nothing says "
                 "how sure it is",
             )
-        is_straight = self.E_low == 0 < self.E_high
-        if not is_straight and self.gamma_high <= MAX_GAMMA_RATIO * self.gamma_low:
-            return ()
+        misfit = misfit_warning(self.misfit_p_value, "law E + A·C^−γ")
+        if self.is_identified:
+            return misfit
         return (
             f"the points do not identify E and gamma: at {100 * self.level:g} %, E is "
             f"{self.E_low:.3g} to {self.E_high:.3g} and gamma {self.gamma_low:.3g} to "
             f"{self.gamma_high:.3g}. Report the straight line too, and slopes at a fixed loss",
+            *misfit,
         )
 
 
@@ -160,6 +172,7 @@ def fits_of(fitted: Fitted, names: list[str], level: float) -> dict[str, PowerLa
     is_fixed = bool(fitted.pins)
     entropy = Quantity.parameter(0, 0.0, float(fitted.law.loss.max()))
     E_low, E_high = (E, E) if is_fixed else fitted.interval(entropy, level)
+    misfits = _misfits(fitted)
     fits = {}
     for term, name in enumerate(names):
         log_scale = Quantity.log_scale(fitted.law, term)
@@ -178,8 +191,20 @@ def fits_of(fitted: Fitted, names: list[str], level: float) -> dict[str, PowerLa
             level=float(level),
             noise=fitted.noise,
             degrees_of_freedom=float(fitted.degrees_of_freedom),
+            misfit_p_value=misfits[term],
         )
     return fits
+
+
+def _misfits(fitted: Fitted) -> list[float]:
+    """Of each term; the shared E is taken to cost a family nothing, which is on the safe side."""
+    law, residuals = fitted.law, fitted.law.residuals(fitted.theta)
+    owned = [mask > 0 for mask in law.mask]
+    compute = [np.exp(law.log_x[term, own]) for term, own in enumerate(owned)]  # in any unit
+    seeds = spread_of_seeds((c, law.loss[own]) for c, own in zip(compute, owned, strict=True))
+    return [
+        misfit_p_value(c, residuals[own], 2, seeds) for c, own in zip(compute, owned, strict=True)
+    ]
 
 
 def exp(value: float) -> float:

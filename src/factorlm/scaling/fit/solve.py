@@ -42,8 +42,8 @@ NUM_STARTS = 6
 """The best of the starts are followed to their minimum."""
 LEAST_SCALE = 1e-4
 """Of a term amid the points, relative to the largest loss."""
-LEAST_NOISE = 1e-9
-"""Relative; data without any noise are taken to have this much."""
+LEAST_NOISE = 1e-6
+"""Relative; data without any noise are taken to have this much, some digits of a float32 loss."""
 MAX_STEPS = 40
 """Doublings of the search for the end of an interval."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,15 +35,17 @@ class TokenRule(Config):
 
     def __post_init__(self) -> None:
         each = self.per_parameter
-        check(each > 0, f"tokens.per_parameter={each} must be above 0")
+        check(0 < each < math.inf, f"tokens.per_parameter={each} must be finite and above 0")
         stated = self.num_tokens is not None
         check(
             (self.rule == "fixed") == stated and (self.num_tokens or 1) >= 1,
             f"tokens.num_tokens={self.num_tokens} is for tokens.rule='fixed', and at least 1",
         )
         check(
-            (self.rule == "iso_flops") == bool(self.flops) and all(f > 0 for f in self.flops),
-            f"tokens.flops={self.flops} is for tokens.rule='iso_flops': a list of numbers above 0",
+            (self.rule == "iso_flops") == bool(self.flops)
+            and all(0 < flops < math.inf for flops in self.flops),
+            f"tokens.flops={self.flops} is for tokens.rule='iso_flops': a list of finite numbers "
+            "above 0",
         )
 
 
@@ -71,8 +74,17 @@ class RateRule(Config):
             "both values and sizes, 'recipe' neither",
         )
         check(
-            not tunes or (len(set(self.values)) >= 3 and min(self.values) > 0),
-            f"rate.values={self.values} must be at least three rates above 0",
+            not tunes
+            or (
+                len(set(self.values)) == len(self.values) >= 3
+                and all(0 < rate < math.inf for rate in self.values)
+            ),
+            f"rate.values={self.values} must be at least three rates, finite and above 0, each "
+            "once",
+        )
+        check(
+            len(set(self.sizes)) == len(self.sizes),
+            f"rate.sizes={self.sizes} must name each size once",
         )
         share = self.token_share
         check(0 < share <= 1, f"rate.token_share={share} must lie in (0, 1]")
@@ -198,7 +210,25 @@ def load_ladder(path: str | os.PathLike[str]) -> LadderFile:
     missing = [key for key in ("recipe", "sizes", "families") if key not in values]
     check(not missing, f"{path}: {', '.join(missing)} must be stated")
     try:
+        _check_shape(values)
         ladder = Ladder.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return LadderFile(ladder, read_sections(path.parent / ladder.recipe))
+
+
+def _check_shape(values: Mapping[str, Any]) -> None:
+    """What YAML makes of a value that was left empty, and of a name that is a number."""
+    for section in ("tokens", "rate", "executor"):
+        stated = values.get(section, {})
+        check(isinstance(stated, Mapping), f"{section}={stated!r} must be a mapping of fields")
+    for section in ("sizes", "families"):
+        found = values[section]
+        check(isinstance(found, Mapping), f"{section}={found!r} must map names to sections")
+        for name, stated in found.items():
+            place = f"{section}.{name}"
+            check(isinstance(name, str), f"{place}: a name is a text; write it in quotes, '{name}'")
+            check(
+                isinstance(stated, Mapping),
+                f"{place}={stated!r} must be sections of a recipe; {{}} for none",
+            )
