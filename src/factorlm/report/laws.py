@@ -74,7 +74,7 @@ def _fits(study: Study, families: Families, level: float) -> ScalingFits:
     remarks = _warnings(lines)
     if len(families) > MAX_COMPARED:
         tables = {LINES_TITLE: lines_table(lines, {}, base)}
-        note = f"Over {MAX_COMPARED} families are not compared here: `factorlm scale fit` does it."
+        note = f"{len(families)} families are not compared with each other: give the runs of fewer."
         return ScalingFits(curves=curves, tables=tables, notes=(*remarks, note))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # the notes say it

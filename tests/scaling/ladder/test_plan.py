@@ -153,3 +153,9 @@ def test_names_that_meet_are_refused(ladder: Callable[..., LadderFile]) -> None:
         Plan(
             ladder(families={"x": {}, "x-a": {}}, sizes={"a-b": sizes["a"], "b": sizes["a"]})
         ).runs({})
+
+
+def test_a_model_that_cannot_be_built_names_the_run(ladder: Callable[..., LadderFile]) -> None:
+    plan = Plan(ladder(families={"x": {"structure": {"structure": "low_rnk"}}}))
+    with pytest.raises(ConfigError, match=r"ladder toy, run x-a-s0: structure: unknown structure"):
+        plan.describe(plan.runs({})[0])

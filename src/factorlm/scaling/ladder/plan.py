@@ -80,11 +80,16 @@ class Plan:
             losses = found
 
     def describe(self, run: LadderRun) -> Description:
-        """What it builds and costs; the rate makes no difference."""
+        """What it builds and costs; the rate makes no difference. Raises ``ConfigError`` naming the
+        run."""
         key = str(run.config.replace(name="x", seed=0, labels={}).to_dict() | {"optimizer": None})
         key += run.config.optimizer.kind
         if key not in self._described:
-            self._described[key] = describe(run.config)
+            try:
+                self._described[key] = describe(run.config)
+            except ConfigError as error:
+                where = f"ladder {self.ladder.name}, run {run.name}"
+                raise ConfigError(f"{where}: {error}") from None
         return self._described[key]
 
     def _tuning(self, losses: Mapping[str, float]) -> Iterator[LadderRun]:
