@@ -281,10 +281,16 @@ def test_an_unfinished_folder_goes_on_with_the_same_settings_only(corpus, tmp_pa
         prepare(config)
     with pytest.raises(ConfigError, match=r"an unfinished .*\(seed was 0 and is 1\)"):
         prepare(config.replace(seed=1))
-    path = corpus / "notes" / "05.txt"
-    path.write_bytes(path.read_bytes())
+    (corpus / "notes" / "05.txt").touch()
     with pytest.raises(ConfigError, match="input files changed since it was begun"):
         prepare(config)
+
+
+def test_a_tokenizer_that_could_not_be_made_may_be_corrected(corpus, tmp_path):
+    config = config_for(corpus, tmp_path / "out")
+    with pytest.raises(ConfigError, match="tokenizer="):
+        prepare(config.replace(tokenizer="/"))
+    assert prepare(config).split("train").num_tokens
 
 
 def test_a_folder_with_other_files_is_left_alone(corpus, tmp_path):

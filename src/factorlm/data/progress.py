@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from factorlm.data.dataset import TOKENIZER_FOLDER
 from factorlm.data.planning import Cursor
 from factorlm.data.shards import SHARD_FOLDER, StreamState
 from factorlm.data.sources import Source
@@ -58,13 +59,14 @@ class Progress:
 
 
 def start_or_resume(folder: Path, signature: dict[str, Any], modified: str) -> Progress:
-    """Read ``progress.json`` and drop what is not covered by it, or start a new one.
+    """Read ``progress.json`` and drop what is not covered by it, or start a new one, as long as
+    there is no tokenizer: a tokenizer that could not be made may be corrected.
 
     Raises ``ConfigError`` if the folder holds something else.
     """
     remove_leftovers(folder)
     path = folder / PROGRESS_FILE
-    if path.exists():
+    if path.exists() and (folder / TOKENIZER_FOLDER).exists():
         progress = _load(path)
         check_signature(folder, "an unfinished preparation", progress.signature, signature)
         if progress.modified != modified:
@@ -72,7 +74,7 @@ def start_or_resume(folder: Path, signature: dict[str, Any], modified: str) -> P
     else:
         progress = Progress(signature, modified)
         others = sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
-        if others:
+        if others and not path.exists():
             raise ConfigError(f"output={folder}: holds other files ({', '.join(others[:3])}, ...)")
         progress.save(folder)
     _drop_uncovered(folder, progress)
