@@ -22,6 +22,7 @@ from factorlm.scaling import (
     fit_power_laws,
     hold_out_largest,
 )
+from factorlm.scaling.fit.data import size_means
 
 
 def fits_of(folder: Path, **options: object) -> StudyFits:
@@ -47,8 +48,13 @@ def test_a_ladder_gives_its_entropy_and_exponents_back(ladder: StudyFits) -> Non
 
 def test_it_is_what_the_functions_for_points_give(ladder: StudyFits) -> None:
     families, found = ladder.families, ladder.analysis
-    assert found.lines == {name: fit_line(*points) for name, points in families.items()}
-    assert found.comparisons == compare_lines(families, "dense")
+    means = {name: size_means(*points) for name, points in families.items()}
+    assert found.of_sizes == ("straight lines",)  # the points are of curved laws
+    assert any("Straight lines are fitted to the mean of each size" in n for n in ladder.notes)
+    for name, points in means.items():
+        line, expected = found.lines[name], fit_line(*points)
+        assert (line.slope, line.slope_high) == (expected.slope, expected.slope_high)
+    assert found.comparisons == compare_lines(means, "dense")
     assert found.laws == fit_power_laws(families)
     held = found.held_out["straight line"]["dense"]
     assert held == hold_out_largest(fit_line, *families["dense"])

@@ -136,5 +136,5 @@ def test_the_picture_shows_every_point_and_every_entropy(tmp_path: Path) -> None
     ]
     drawn = next(line for line in right.get_lines() if line.get_linestyle() == "-")
     assert list(drawn.get_ydata()) == [one.difference for one in OVER["low_rank"]]
-    path = plot_scaling(FAMILIES, "dense", tmp_path / "scaling.svg", over=OVER)
+    path = plot_scaling(FAMILIES, "dense", tmp_path / "scaling.svg", lines=LINES, over=OVER)
     assert "<svg" in path.read_text()

@@ -27,12 +27,15 @@ from factorlm.scaling import (
     turning_entropy,
 )
 from factorlm.scaling.fit.data import count_sizes
+from factorlm.scaling.fit.misfit import fit_runs_or_sizes
 
 MIN_SIZES_FOR_ENTROPY = 3
 """Of one family at least: fewer cannot tell E + A·C^−γ from a straight line."""
 MAX_ENTROPY = 0.9
 """The largest E that is looked at, as a share of the lowest loss."""
 MAX_ENTROPIES = 8
+LINES, LAWS = "straight lines", "laws that share E"
+"""As ``Analysis.of_sizes`` names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,9 @@ class Analysis:
     """Of the lines with that of ``base``."""
     laws: dict[str, PowerLawFit]
     """With one E, fitted to all families."""
+    of_sizes: tuple[str, ...]
+    """Which of the two are fitted to the means of sizes, since these lie farther off than runs of
+    one size from each other."""
     shared: dict[str, Comparison]
     """Of these laws with that of ``base``."""
     middle_loss: float
@@ -73,22 +79,51 @@ def analyse(families: Families, base: str, entropies: Sequence[float], level: fl
     may_share = most_sizes(families) >= MIN_SIZES_FOR_ENTROPY
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # the sentences say it
+        of_lines, lines = fit_lines(families, level)
+        of_laws, laws = fit_laws(families, level) if may_share else (families, {})
         return Analysis(
             base=base,
-            lines={name: fit_line(*points, level=level) for name, points in families.items()},
-            comparisons=compare_lines(families, base, level=level) if others else {},
-            laws=fit_power_laws(families, level=level) if may_share else {},
-            shared=(
-                compare_power_laws(families, base, level=level) if others and may_share else {}
+            lines=lines,
+            comparisons=compare_lines(of_lines, base, level=level) if others else {},
+            laws=laws,
+            of_sizes=tuple(
+                name
+                for name, points in ((LINES, of_lines), (LAWS, of_laws))
+                if points is not families
             ),
+            shared=compare_power_laws(of_laws, base, level=level) if others and may_share else {},
             middle_loss=middle_loss(families),
-            laws_over=tuple(fit_power_laws(families, E=E, level=level) for E in entropies),
+            laws_over=tuple(fit_power_laws(of_lines, E=E, level=level) for E in entropies),
             over_entropy=(
-                slopes_over_entropy(families, base, entropies, level=level) if others else {}
+                slopes_over_entropy(of_lines, base, entropies, level=level) if others else {}
             ),
             turning={name: turning_entropy(families, base, name) for name in others},
             held_out=_held_out(families),
         )
+
+
+def fit_lines(families: Families, level: float) -> tuple[Families, dict[str, LineFit]]:
+    """Straight lines, after the runs or means of sizes that they are fitted to."""
+    points, lines = fit_runs_or_sizes(
+        families,
+        lambda points: {name: fit_line(*runs, level=level) for name, runs in points.items()},
+    )
+    return points, dict(lines)
+
+
+def fit_laws(families: Families, level: float) -> tuple[Families, dict[str, PowerLawFit]]:
+    """Laws that share an E, after what they are fitted to."""
+    points, laws = fit_runs_or_sizes(families, lambda points: fit_power_laws(points, level=level))
+    return points, dict(laws)
+
+
+def of_sizes_note(laws: str) -> str:
+    """Why ``laws`` are fitted to means."""
+    return (
+        f"{laws[0].upper()}{laws[1:]} are fitted to the mean of each size: sizes lie farther off "
+        "them than seeds of one size from each other, so that runs of one size are not points of "
+        "their own, and intervals have to be of the scatter of sizes."
+    )
 
 
 def entropy_range(families: Families) -> tuple[float, ...]:

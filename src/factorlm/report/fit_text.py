@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from factorlm.report.analysis import LAWS
 from factorlm.report.claims import claim_sentences, entropy_sentence, shared_sentences
 from factorlm.report.fits import Budget, StudyFits
 from factorlm.report.iso_flops import plot_iso_flops
@@ -27,6 +28,7 @@ from factorlm.report.scaling_picture import plot_scaling
 from factorlm.report.sections import Section, plain_json
 from factorlm.report.tables import Table, format_count, format_scientific
 from factorlm.scaling import Comparison
+from factorlm.scaling.fit.data import size_means
 from factorlm.scaling.fit.trust import MIN_SEEDS, MIN_SIZES
 from factorlm.storage import storage_errors
 
@@ -59,16 +61,19 @@ def plot_fits(fits: StudyFits, folder: str | os.PathLike[str]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     level = level_of(fits)
     has_laws = fits.analysis.has_entropy
-    laws = shared_curves(fits.families, fits.analysis.laws, level) if has_laws else []
+    points = fits.families
+    if LAWS in fits.analysis.of_sizes:
+        points = {name: size_means(*runs) for name, runs in points.items()}
+    laws = shared_curves(points, fits.analysis.laws, level) if has_laws else []
     paths = []
     for suffix in SUFFIXES:
         path = plot_scaling(
             fits.families,
             fits.analysis.base,
             folder / f"scaling{suffix}",
+            lines=fits.analysis.lines,
             over=fits.analysis.over_entropy,
             laws=laws,
-            level=level,
             xlabel=f"training FLOPs, {COUNTS[fits.study.count][1]}",
         )
         paths.append(path)

@@ -13,7 +13,13 @@ import numpy as np
 
 from factorlm.config import check
 from factorlm.errors import DataError, did_you_mean
-from factorlm.report.analysis import Analysis, analyse, entropy_range, most_sizes
+from factorlm.report.analysis import (
+    Analysis,
+    analyse,
+    entropy_range,
+    most_sizes,
+    of_sizes_note,
+)
 from factorlm.report.points import FamilyPoints, Study
 from factorlm.report.scaling import Families
 from factorlm.scaling import (
@@ -153,6 +159,7 @@ def _has_same_sizes(base: FamilyPoints, other: FamilyPoints) -> bool:
 
 def _notes(study: Study, families: Families, analysis: Analysis) -> Iterator[str]:
     yield from frontier_notes(study, families)
+    yield from map(of_sizes_note, analysis.of_sizes)
     for fits in (analysis.lines, analysis.laws):
         for name, fit in fits.items():
             for warning in fit.warnings:

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from factorlm.report.analysis import middle_loss
+from factorlm.report.analysis import (
+    LAWS,
+    LINES,
+    fit_laws,
+    fit_lines,
+    middle_loss,
+    of_sizes_note,
+)
 from factorlm.report.claims import split_notes
 from factorlm.report.fits import base_of, fitted_families, frontier_notes, honest_splits
 from factorlm.report.payload import ScalingCurve, ScalingFits
@@ -21,8 +28,6 @@ from factorlm.scaling import (
     PowerLawFit,
     ScipyMissingError,
     compare_lines,
-    fit_line,
-    fit_power_laws,
     power_law_bands,
 )
 
@@ -69,25 +74,27 @@ def _fits(study: Study, families: Families, level: float) -> ScalingFits:
     base = base_of(families, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # the notes say it
-        lines = {name: fit_line(*points, level=level) for name, points in families.items()}
+        of_lines, lines = fit_lines(families, level)
     curves = line_curves(families, lines)
-    remarks = _warnings(lines)
+    remarks = [] if of_lines is families else [of_sizes_note(LINES)]
+    remarks += _warnings(lines)
     if len(families) > MAX_COMPARED:
         tables = {LINES_TITLE: lines_table(lines, {}, base)}
         note = f"{len(families)} families are not compared with each other: give the runs of fewer."
         return ScalingFits(curves=curves, tables=tables, notes=(*remarks, note))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # the notes say it
-        laws = fit_power_laws(families, level=level)
-    compared = compare_lines(families, base, level=level) if len(families) > 1 else {}
+        of_laws, laws = fit_laws(families, level)
+    compared = compare_lines(of_lines, base, level=level) if len(families) > 1 else {}
     compared = honest_splits(compared, base, study)
     tables = {LINES_TITLE: lines_table(lines, compared, base)}
     remarks += [note for comparison in compared.values() for note in split_notes(comparison)]
+    remarks += [] if of_laws is families else [of_sizes_note(LAWS)]
     if not all(law.is_identified for law in laws.values()):
         notes = _warnings(laws, before=f"{SHARED} is not drawn: ")
         return ScalingFits(curves=curves, tables=tables, notes=[*remarks, *notes])
     tables[SHARED] = gamma_table((), laws, middle_loss(families))
-    curves = [*shared_curves(families, laws, level), *curves]
+    curves = [*shared_curves(of_laws, laws, level), *curves]
     return ScalingFits(curves=curves, tables=tables, notes=[*remarks, *_warnings(laws)])
 
 

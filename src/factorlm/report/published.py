@@ -102,12 +102,12 @@ def plot_published(folder: str | os.PathLike[str], level: float = 0.95) -> list[
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     families = published_families()
+    lines = analyse_published(level).lines
     over = slopes_over_entropy(families, BASE, DRAWN_ENTROPIES, level=level)
     paths = []
     for suffix in SUFFIXES:
-        paths.append(
-            plot_scaling(families, BASE, folder / f"scaling{suffix}", over=over, level=level)
-        )
+        path = folder / f"scaling{suffix}"
+        paths.append(plot_scaling(families, BASE, path, lines=lines, over=over))
         paths.append(plot_guided(folder / f"self_guided{suffix}"))
     return paths
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from factorlm.report.figures import COLORS, save_picture
 from factorlm.report.payload import ScalingCurve
 from factorlm.report.scaling import Families, percent
 from factorlm.report.tables import format_power
-from factorlm.scaling import FitWarning, LineFit, SlopeDifference, fit_line
+from factorlm.scaling import LineFit, SlopeDifference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,20 +29,17 @@ def plot_scaling(
     base: str,
     path: str | os.PathLike[str],
     *,
+    lines: Mapping[str, LineFit],
     over: Mapping[str, Sequence[SlopeDifference]],
     laws: Sequence[ScalingCurve] = (),
-    level: float = 0.95,
     xlabel: str = "training FLOPs",
 ) -> Path:
-    """Loss against FLOPs with straight lines and their bands; beside it ``laws`` over the same
-    points, and who is steeper at which E, where there are any.
+    """Loss against FLOPs with ``lines`` and their bands; beside it ``laws`` over the same points,
+    and who is steeper at which E, where there are any.
 
     ``over`` is what ``slopes_over_entropy`` found. Written to ``path`` in the format of its suffix;
-    errors are those of ``plot_losses`` and of ``fit_line``.
+    errors are those of ``plot_losses``.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FitWarning)  # the text beside the picture says it
-        lines = {name: fit_line(*points, level=level) for name, points in families.items()}
     return save_picture(lambda: _draw(families, lines, over, base, laws, xlabel), path)
 
 

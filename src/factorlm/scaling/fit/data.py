@@ -90,6 +90,15 @@ def count_sizes(values: np.ndarray) -> int:
     return int(size_numbers(values).max()) + 1
 
 
+def size_means(values: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One point a size: the geometric means of ``values`` and ``loss``, each (num_points,), over
+    its runs; each (num_sizes,)."""
+    owner = size_numbers(values)
+    count = np.bincount(owner)
+    means = [np.exp(np.bincount(owner, weights=np.log(a)) / count) for a in (values, loss)]
+    return means[0], means[1]
+
+
 def check_sizes(name: str, values: np.ndarray, least: int, form: str) -> None:
     """Raise ``ConfigError`` unless ``values`` has ``least`` sizes."""
     count = count_sizes(values) if len(values) else 0

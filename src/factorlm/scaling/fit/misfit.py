@@ -8,11 +8,12 @@ and Smith, *Applied Regression Analysis*, section 2.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from factorlm.scaling.fit.data import import_scipy, size_numbers
+from factorlm.scaling.fit.data import import_scipy, size_means, size_numbers
 from factorlm.scaling.fit.solve import LEAST_NOISE
 
 CHANCE = 0.01
@@ -57,8 +58,36 @@ def misfit_warning(p_value: float, law: str) -> tuple[str, ...]:
         f"sizes lie farther off the {law} than seeds of one size from each other "
         f"(p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'}): it is not their law, or they "
         "differ in more than FLOPs. Intervals and p-values take every run as a point of its own, "
-        "and are not to be trusted",
+        "and are not to be trusted; those of fits to the mean of each size are",
     )
+
+
+class HasMisfit(Protocol):
+    """A fit of one family."""
+
+    @property
+    def misfit_p_value(self) -> float:
+        """Probability that seeds explain how far sizes lie off the law; NaN without seeds."""
+
+
+Families = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Name -> (FLOPs, loss), each (num_points,)."""
+Fit = TypeVar("Fit", bound=HasMisfit)
+
+
+def fit_runs_or_sizes(
+    families: Families, fit: Callable[[Families], Mapping[str, Fit]]
+) -> tuple[Families, Mapping[str, Fit]]:
+    """The runs of all families and ``fit`` of them; where sizes of one lie farther off its law than
+    seeds explain, the means of all sizes, one point each, and ``fit`` of these.
+
+    Then the scatter of sizes is what intervals are made of, so that they hold.
+    """
+    fits = fit(families)
+    if not any(found.misfit_p_value < CHANCE for found in fits.values()):
+        return families, fits
+    means = {name: size_means(*points) for name, points in families.items()}
+    return means, fit(means)
 
 
 def _means(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
