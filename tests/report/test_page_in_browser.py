@@ -256,11 +256,13 @@ def test_why_a_law_is_missing_and_what_tunes_is_said(
     assert "1 run not drawn" in tab.locator("#scaling-missing").inner_text()
     assert dense["marker"]["symbol"][dense["text"].index("rate")] == "x"
     tab.get_by_text("What is not fitted, and why").click()
-    assert tab.locator("#scaling-section li").all_inner_texts() == [
+    *missing, means = tab.locator("#scaling-section li").all_inner_texts()
+    assert missing == [
         "Left out, of stage tune, not main: rate.",
         "Left out, of stage calibration, not main: steps.",
         "Not fitted, fewer than 3 sizes: few.",
     ]
+    assert means.startswith("Straight lines are fitted to the mean of each size: ")
     tab.locator("#scaling").focus()
     for key in ("ArrowDown", "ArrowUp"):
         tab.keyboard.press(key)
