@@ -106,11 +106,6 @@ def test_damaged_line_is_named(records: RecordFile, line: bytes) -> None:
         list(records)
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"gone/records\.jsonl"):
-        RecordFile(tmp_path / "gone" / "records.jsonl").append(step(1))
-
-
 def test_drop_after_keeps_what_is_not_done_again(records: RecordFile) -> None:
     kept = [step(1), monitor(1), EventRecord(event=LOSS_SPIKE, step=1)]
     kept.append(EventRecord(event="save failed", step=2))

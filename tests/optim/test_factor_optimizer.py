@@ -252,13 +252,6 @@ def test_an_unknown_rule_and_a_bad_group_are_refused() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.fixture
-def registered() -> Iterator[None]:
-    yield
-    RULES._entries.pop("sgd", None)
-
-
-@pytest.mark.usefixtures("registered")
 def test_the_state_of_other_rules_is_refused() -> None:
     weight = nn.Parameter(draw((4, 6), 0))
     others = (FactorOptimizer([weight]), torch.optim.AdamW([weight]))
@@ -281,6 +274,13 @@ def test_sparse_gradients_and_complex_matrices_are_refused(rule: str) -> None:
             FactorOptimizer(factors, rule=rule)
 
 
+@pytest.fixture
+def registered() -> Iterator[None]:
+    yield
+    RULES._entries.pop("sgd", None)
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_rule_of_ones_own_takes_one_class() -> None:
     from factorlm.optim import Rule
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.stopping import StopAt
 from torch import Tensor
 
 from factorlm.errors import ConfigError, InterruptedRun
@@ -168,14 +167,6 @@ def test_a_dense_model_has_nothing_to_monitor(tiny_config: MakeConfig, tmp_path:
     assert monitors(trainer.run.records) == []
 
 
-class StopAt(Callback):
-    """Sends this process a signal after a step; the next one is the last."""
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == 4:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
 class Kill(Callback):
     """Ends the process, as it were, after step 8."""
 
@@ -192,7 +183,7 @@ def test_a_run_stopped_and_killed_has_the_same_monitors(
     )
     wanted = monitors(fit(config, tmp_path / "whole").run.records)
     with pytest.raises(InterruptedRun):
-        fit(config, tmp_path / "cut", StopAt())
+        fit(config, tmp_path / "cut", StopAt(4))
     with pytest.raises(RuntimeError, match="killed"):
         fit(config, tmp_path / "cut", Kill())
     assert monitors(fit(config, tmp_path / "cut").run.records) == wanted
@@ -200,7 +191,7 @@ def test_a_run_stopped_and_killed_has_the_same_monitors(
 
 def test_a_resumed_run_may_be_monitored_otherwise(tiny_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRun):
-        fit(tiny_config(monitor={"every_steps": 2}), tmp_path, StopAt())
+        fit(tiny_config(monitor={"every_steps": 2}), tmp_path, StopAt(4))
     records = fit(tiny_config(monitor={"every_steps": 5}), tmp_path).run.records
     assert [record.step for record in monitors(records)] == [2, 4, 10]
     with pytest.raises(ConfigError, match=r"monitor\.every_steps=0 must be at least 1"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
+from tests.stopping import StopAt
 
 from factorlm.errors import ConfigError, DataError, InterruptedRun, StorageError
 from factorlm.records import EvalRecord, EventRecord, Record, RecordFile, RunRecord, StepRecord
@@ -26,22 +25,16 @@ def fit(config: TrainConfig, runs: Path, *callbacks: Callback) -> list[Record]:
     return list(RecordFile(trainer.run.records.path))
 
 
-class StopAt(Callback):
-    """Sends this process a signal after a step."""
+class Killed(Exception):  # noqa: N818 - it stands for a signal
+    """Of a run that ends as by ``kill -9``."""
+
+
+class KillAt(Callback):
+    """Ends a run after a step without a checkpoint."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == self.step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
-class Killed(Exception):  # noqa: N818 - it stands for a signal
-    """Ends a run as ``kill -9`` does, without a checkpoint."""
-
-
-class KillAt(StopAt):
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         if record.step == self.step:
             raise Killed

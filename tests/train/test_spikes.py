@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.stopping import StopAt
 from torch import nn
 
 from factorlm.data import TokenLoader
@@ -183,17 +182,6 @@ class Break(Callback):
             factor = trainer.model.get_parameter("model.layers.1.mlp.c_proj.U")
             with torch.no_grad():
                 factor.normal_(std=1000.0, generator=torch.Generator().manual_seed(0))
-
-
-class StopAt(Callback):
-    """Sends this process a signal after a step; the next one is the last."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == self.step:
-            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class Kill(Callback):

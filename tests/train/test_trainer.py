@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.stopping import StopAt
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,22 +155,6 @@ def test_a_run_leaves_models_that_plain_transformers_opens(
     assert run.training_flops == 3 * run.forward_flops_per_token * 1280
     events = [record.event for record in records if isinstance(record, EventRecord)]
     assert events[-1] == "finished"
-
-
-class StopAt(Callback):
-    """Sends this process a signal after a step, or in the middle of an evaluation."""
-
-    def __init__(self, step: int, *, in_eval: bool = False) -> None:
-        self.step, self.in_eval = step, in_eval
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == self.step and not self.in_eval:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    def on_eval_progress(self, trainer: Trainer, done: int, total: int) -> None:
-        if trainer.state.step == self.step and self.in_eval and done == 2:
-            assert total > 2
-            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("in_eval", [False, True])

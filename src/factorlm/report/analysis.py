@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from factorlm.report.scaling import Families
 from factorlm.scaling import (
     Comparison,
     FitWarning,
@@ -26,7 +25,7 @@ from factorlm.scaling import (
     slopes_over_entropy,
     turning_entropy,
 )
-from factorlm.scaling.fit.data import count_sizes
+from factorlm.scaling.fit.data import Families, count_sizes
 from factorlm.scaling.fit.misfit import fit_runs_or_sizes
 
 MIN_SIZES_FOR_ENTROPY = 3

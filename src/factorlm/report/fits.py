@@ -14,6 +14,7 @@ import numpy as np
 from factorlm.config import check
 from factorlm.errors import DataError, did_you_mean
 from factorlm.report.analysis import (
+    LINES,
     Analysis,
     analyse,
     entropy_range,
@@ -21,7 +22,6 @@ from factorlm.report.analysis import (
     of_sizes_note,
 )
 from factorlm.report.points import FamilyPoints, Study
-from factorlm.report.scaling import Families
 from factorlm.scaling import (
     ChinchillaFit,
     Comparison,
@@ -35,7 +35,7 @@ from factorlm.scaling import (
     hold_out_largest,
 )
 from factorlm.scaling.fit.chinchilla import MAX_CORRELATION
-from factorlm.scaling.fit.data import count_sizes, size_numbers
+from factorlm.scaling.fit.data import Families, count_sizes, size_numbers
 from factorlm.scaling.fit.trust import MIN_SEEDS, MIN_SIZES
 
 BASE = "dense"
@@ -160,6 +160,8 @@ def _has_same_sizes(base: FamilyPoints, other: FamilyPoints) -> bool:
 def _notes(study: Study, families: Families, analysis: Analysis) -> Iterator[str]:
     yield from frontier_notes(study, families)
     yield from map(of_sizes_note, analysis.of_sizes)
+    if LINES in analysis.of_sizes:
+        yield "Laws with an E that is given are fitted to the same means."
     for fits in (analysis.lines, analysis.laws):
         for name, fit in fits.items():
             for warning in fit.warnings:

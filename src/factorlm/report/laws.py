@@ -21,7 +21,7 @@ from factorlm.report.fits import base_of, fitted_families, frontier_notes, hones
 from factorlm.report.payload import ScalingCurve, ScalingFits
 from factorlm.report.points import Study, study_of
 from factorlm.report.reading import Report
-from factorlm.report.scaling import Families, gamma_table, lines_table
+from factorlm.report.scaling import gamma_table, lines_table
 from factorlm.scaling import (
     FitWarning,
     LineFit,
@@ -30,6 +30,7 @@ from factorlm.scaling import (
     compare_lines,
     power_law_bands,
 )
+from factorlm.scaling.fit.data import Families
 
 LINES_TITLE = "Straight lines in log–log"
 LINE = "straight lines"

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from factorlm.report.tables import Table, format_scientific, format_times
 from factorlm.scaling import Comparison, HeldOut, LineFit, PowerLawFit, SlopeDifference
-
-Families = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Name to (training FLOPs, loss in nats), each (num_points,)."""
 
 
 def between(low: float, high: float, decimals: int = 4) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 
 from factorlm.report.figures import COLORS, save_picture
 from factorlm.report.payload import ScalingCurve
-from factorlm.report.scaling import Families, percent
+from factorlm.report.scaling import percent
 from factorlm.report.tables import format_power
 from factorlm.scaling import LineFit, SlopeDifference
+from factorlm.scaling.fit.data import Families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

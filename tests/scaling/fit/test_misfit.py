@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from factorlm.scaling import LineFit, fit_line
-from factorlm.scaling.fit.data import FitWarning, size_means
-from factorlm.scaling.fit.misfit import Families, fit_runs_or_sizes
+from factorlm.scaling.fit.data import Families, FitWarning, size_means
+from factorlm.scaling.fit.misfit import fit_runs_or_sizes
 
 SLOPE = -0.05
 SIZES = np.geomspace(1e15, 1e18, 8)

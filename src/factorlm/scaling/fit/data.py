@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 from factorlm.config import check
 from factorlm.errors import ConfigError
 
+Families = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Name -> (training FLOPs, loss in nats), each (num_points,)."""
 SAME_SIZE = 1.05
 """Values within so many times each other are one size: steps round FLOPs and tokens, and a
 stochastic guide leaves seeds with slightly different ones."""

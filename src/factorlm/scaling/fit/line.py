@@ -49,6 +49,7 @@ class LineFit:
     num_far: float
     """Points that are over ``FAR`` standard deviations, both by Huber's loss, from its line."""
     num_sizes: float
+    """Of the points; runs within 5 % of FLOPs are of one size."""
     misfit_p_value: float
     """Probability that sizes lie so far off the line by the noise of seeds alone; NaN without
     seeds, and for two sizes."""

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from factorlm.scaling.fit.data import import_scipy, size_means, size_numbers
+from factorlm.scaling.fit.data import Families, import_scipy, size_means, size_numbers
 from factorlm.scaling.fit.solve import LEAST_NOISE
 
 CHANCE = 0.01
@@ -70,8 +70,6 @@ class HasMisfit(Protocol):
         """Probability that seeds explain how far sizes lie off the law; NaN without seeds."""
 
 
-Families = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Name -> (FLOPs, loss), each (num_points,)."""
 Fit = TypeVar("Fit", bound=HasMisfit)
 
 
