@@ -36,19 +36,22 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
         Trainer(model=model, args=args, train_dataset=data, callbacks=[SelfGuidedTraining()])
 
     Guides are attached when the ``Trainer`` is made, so that its optimizer trains them, and are
-    gone after ``round(share * max_steps)`` optimizer steps, with their gradients and their
-    optimizer state. From then on, everything that is saved is an ordinary structured model. Until
-    then, the checkpoints hold the guides and are marked: they can be resumed, with this callback
-    and the same schedule, and bit-equal to a run that was not cut, but not opened as models.
+    gone after ``num_steps`` or ``round(share * max_steps)`` optimizer steps, with their gradients
+    and their optimizer state. From then on, everything that is saved is an ordinary structured
+    model. Until then, the checkpoints hold the guides and are marked: they can be resumed, with
+    this callback and the same schedule, and bit-equal to a run that was not cut, but not opened as
+    models.
 
-    This is the fixed-step mode. A share that is solved for a budget of FLOPs, the replay of the
-    guided tokens and the control at equal FLOPs are those of ``factorlm train``.
+    This is the fixed-step mode. ``factorlm.hf.plan_for_budget`` solves the steps for a budget of
+    FLOPs, replays the guided tokens, has the control at equal FLOPs, and makes this callback.
 
     If you make the optimizer yourself, call ``attach_guides_(model)`` first; ``form`` is then
     what that call says. The same goes for guides that a ``model_init`` attaches.
 
     Args:
-        share: of ``max_steps``, in (0, 1]: how long there are guides.
+        share: of ``max_steps``, in (0, 1]: how long there are guides; ½ where neither it nor
+            ``num_steps`` is stated.
+        num_steps: in the place of ``share``: how many optimizer steps there are guides.
         kind: ``GuideSchedule.kind``, how α goes from 1 to 0.
         variant: ``GuideSchedule.variant``; in a step that ``stochastic`` leaves out, guides are
             not updated, not decayed, and their optimizer state does not move.
@@ -69,25 +72,31 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        share: float = 0.5,
+        share: float | None = None,
         *,
+        num_steps: int | None = None,
         kind: GuideKind = "cosine",
         variant: GuideVariant = "full",
         form: GuideForm = "auto",
         seed: int = 0,
     ) -> None:
-        check(0 < share <= 1, f"share={share} must lie in (0, 1]")
+        check(share is None or num_steps is None, f"{share=} and {num_steps=}: state one of them")
+        if share is None and num_steps is None:
+            share = 0.5
+        check(share is None or 0 < share <= 1, f"share={share} must lie in (0, 1]")
         check(form in get_args(GuideForm), f"form={form!r} must be one of {get_args(GuideForm)}")
         self.share = share
         self.form: GuideForm = form
-        self.schedule = GuideSchedule(num_steps=1, kind=kind, variant=variant, seed=seed)
-        """Its ``num_steps`` is known once training begins."""
+        first = 1 if num_steps is None else num_steps
+        self.schedule = GuideSchedule(num_steps=first, kind=kind, variant=variant, seed=seed)
+        """With a ``share``, its ``num_steps`` is known once training begins."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's ``trainer_state.json`` says of the callback."""
         schedule = self.schedule.to_dict()
         own = {key: schedule[key] for key in ("kind", "variant", "seed")}
-        arguments = {"share": self.share, "form": self.form} | own
+        num_steps = schedule["num_steps"] if self.share is None else None
+        arguments = {"share": self.share, "num_steps": num_steps, "form": self.form} | own
         return {"args": arguments, "attributes": {}, "schedule": schedule}
 
     def on_init_end(
@@ -123,12 +132,10 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
     ) -> None:
         """Settle the schedule, check what it needs, and start where the run is."""
         _check_arguments(args, model)
-        num_steps = round(self.share * state.max_steps)
-        check(num_steps >= 1, f"share={self.share} of max_steps={state.max_steps} is not one step")
-        self.schedule = self.schedule.replace(num_steps=num_steps)
+        self._settle(state.max_steps)
         if state.global_step > 0:
-            _check_resumed(state, type(self).__name__, self.schedule)
-        if state.global_step >= num_steps:
+            _check_resumed(state, self)
+        if state.global_step >= self.schedule.num_steps:
             _end(model, optimizer)
             return
         _check_attached(model, optimizer)
@@ -162,6 +169,15 @@ class SelfGuidedTraining(TrainerCallback, ExportableState):
         """Take the guides off after their last step, before that step's evaluation and save."""
         if state.global_step >= self.schedule.num_steps:
             _end(model, optimizer)
+
+    def _settle(self, max_steps: int) -> None:
+        """How many steps have guides, of ``max_steps``."""
+        if self.share is not None:
+            num_steps = round(self.share * max_steps)
+            check(num_steps >= 1, f"share={self.share} of max_steps={max_steps} is not one step")
+            self.schedule = self.schedule.replace(num_steps=num_steps)
+        num_steps = self.schedule.num_steps
+        check(num_steps <= max_steps, f"num_steps={num_steps} must be at most {max_steps=}")
 
     def _start_step(self, model: nn.Module, step: int) -> None:
         set_guides_(guided_layers(model).values(), self.schedule, step)
@@ -233,13 +249,14 @@ def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
     )
 
 
-def _check_resumed(state: TrainerState, name: str, schedule: GuideSchedule) -> None:
-    """Raise ``ConfigError`` unless the resumed checkpoint comes from a run on ``schedule``."""
+def _check_resumed(state: TrainerState, callback: SelfGuidedTraining) -> None:
+    """Raise ``ConfigError`` unless the resumed checkpoint comes from a run on its schedule."""
+    name, has_share = type(callback).__name__, callback.share is not None
     saved = state.stateful_callbacks.get(name)
     check(isinstance(saved, Mapping), f"the checkpoint is not of one run with {name}")
-    for field, value in schedule.to_dict().items():
+    for field, value in callback.schedule.to_dict().items():
         old = saved["schedule"][field]
-        hint = " (share x max_steps)" if field == "num_steps" else ""
+        hint = " (share x max_steps)" if field == "num_steps" and has_share else ""
         check(
             old == value,
             f"{field}={value!r}{hint} of {name} differs from the checkpoint's {field}={old!r}",
