@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from factorlm.bench import BenchOptions, premerge
 from factorlm.bench.premerge import (
-    FUSED,
+    FACTORS,
+    TWO,
     benchmark_premerge,
     build_layers,
     measure_premerge,
@@ -44,7 +45,7 @@ def test_every_number_of_tokens_has_a_record(tmp_path: Path) -> None:
 
 def test_the_copy_is_made_before_anything_is_timed() -> None:
     layer = PreMergedLinear(LowRankConfig(rank=4).build(16, 64), MergePolicy.always()).eval()
-    layers = {"dense": nn.Linear(16, 64), "low_rank": layer}
+    layers = {"dense": [nn.Linear(16, 64)], "low_rank": [layer]}
     record = measure_premerge(OPTIONS, layers, (16, 64), 4, "fp32")
     assert layer.has_copy
     assert record.settings["merged"] == {"low_rank": True}
@@ -52,17 +53,17 @@ def test_the_copy_is_made_before_anything_is_timed() -> None:
 
 def test_layers_are_in_use_not_in_training() -> None:
     layers = build_layers(OPTIONS, (16, 64), "fp32")
-    assert not any(layer.training for layer in layers.values())
+    assert not any(layer.training for several in layers.values() for layer in several)
     with torch.no_grad():
         x = torch.randn(3, 16)
-        merged = layers["low_rank"]
+        (merged,) = layers["low_rank"]
         assert isinstance(merged, PreMergedLinear)
         torch.testing.assert_close(merged(x), merged.structured(x))
 
 
-def merged_or_not(policy: MergePolicy) -> dict[str, nn.Module]:
+def merged_or_not(policy: MergePolicy) -> dict[str, list[nn.Module]]:
     layer = PreMergedLinear(LowRankConfig(rank=4).build(16, 64, bias=False), policy).eval()
-    return {"dense": nn.Linear(16, 64, bias=False), "low_rank": layer}
+    return {"dense": [nn.Linear(16, 64, bias=False)], "low_rank": [layer]}
 
 
 @pytest.mark.parametrize("policy", [MergePolicy.always(), MergePolicy.never()], ids=str)
@@ -123,28 +124,58 @@ def test_on_a_gpu_the_layer_itself_is_captured_as_by_a_decoder(
     structured = BlockDenseConfig(num_blocks=2, rank=4).build(16, 64, dtype=torch.float64)
     layer = PreMergedLinear(structured, policy).eval()
     x = torch.randn(4, 16, dtype=torch.float64)
-    run = timed_forward(layer, x.as_subclass(OnGPU))
+    run = timed_forward([layer], x.as_subclass(OnGPU))
     torch.testing.assert_close(run().as_subclass(Tensor), structured(x).detach())
     dense, factors = 2 * 4 * 16 * 64, 4 * structured.config.flops_per_token(16, 64)
     assert flops == [dense if policy.ever_merges else factors]
     assert layer.has_copy == policy.ever_merges
     assert devices == [torch.device("cuda", 1)]
-    timed_forward(layer, x)
+    timed_forward([layer], x)
     assert len(devices) == 1
 
 
-def test_on_a_gpu_few_tokens_have_the_fused_kernel_as_a_case(
+def test_on_a_gpu_few_tokens_have_the_factors_as_a_case(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On one that has it."""
+    """And as two matmuls, where they take one launch."""
     has_it = [True]
     monkeypatch.setattr("factorlm.ops.low_rank.has_kernel", lambda device: has_it[0])
     layers = merged_or_not(MergePolicy.always())
-    few, many = (torch.zeros(count, 16).as_subclass(OnGPU) for count in (64, 65))
-    assert list(premerge._fused(layers, few)) == [FUSED]
-    assert premerge._fused(layers, many) == {}
+    few, more, many = (torch.randn(count, 16).as_subclass(OnGPU) for count in (16, 64, 65))
+    forms = premerge._forms(layers, few)
+    assert list(forms) == [FACTORS, TWO]
+    by_factors, by_two = (form[0](few.as_subclass(Tensor)) for form in forms.values())
+    torch.testing.assert_close(by_two, by_factors)
+    assert list(premerge._forms(layers, more)) == [FACTORS]
+    assert premerge._forms(layers, many) == premerge._forms({}, few) == {}
+    assert premerge._forms(layers, few.as_subclass(Tensor)) == {}
     has_it[0] = False
-    assert premerge._fused(layers, few) == {}
+    assert list(premerge._forms(layers, few)) == [FACTORS]
+
+
+def test_on_a_gpu_as_many_layers_take_turns_as_a_cache_cannot_hold() -> None:
+    low_rank, cuda = [LowRankConfig(rank=512)], torch.device("cuda")
+    count = premerge._num_layers(cuda, (2048, 8192), low_rank, torch.bfloat16)
+    weights = 2 * 512 * (2048 + 8192)
+    assert (count - 1) * weights < premerge.COLD_BYTES <= count * weights
+    small = [LowRankConfig(rank=16)]
+    assert premerge._num_layers(cuda, (64, 256), small, torch.bfloat16) == premerge.MAX_LAYERS
+    assert premerge._num_layers(torch.device("cpu"), (64, 256), small, torch.bfloat16) == 1
+
+
+def test_latencies_are_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several that one call runs."""
+    found = timings({"dense": 100.0, "low_rank": 1.0}).by_name
+    monkeypatch.setattr("factorlm.bench.cases.measure_latency", lambda *args, **options: found)
+    layers = merged_or_not(MergePolicy.never())
+    layers["dense"] *= 50
+    record = measure_premerge(OPTIONS, layers, (16, 64), 4, "fp32")
+    assert record.settings["num_layers"] == 50
+    assert {name: case["median_ms"] for name, case in record.cases.items()} == {
+        "dense": pytest.approx(2.0),
+        "low_rank": 1.0,
+    }
+    assert record.cases["low_rank"]["speedup"] == pytest.approx(2.0)
 
 
 def test_bars_allow_three_percent_and_five_microseconds() -> None:
@@ -163,12 +194,12 @@ def test_bars_allow_three_percent_and_five_microseconds() -> None:
 
 
 @pytest.mark.parametrize("width", [2048, 5120])
-def test_bar_of_the_fused_kernel(width: int) -> None:
-    """It is held against dense by its own factor, not as what the table chose."""
-    shape, times = (width, 4 * width), timings({"dense": 3.0, "low_rank": 2.9, FUSED: 2.5})
-    chosen, fused = premerge_bars(shape, 64, "bf16", 0.3, times)
+def test_bar_of_few_tokens_on_a_gpu(width: int) -> None:
+    """The factors are held against dense, not what the table chose."""
+    shape, times = (width, 4 * width), timings({"dense": 3.0, "low_rank": 2.9, FACTORS: 2.5})
+    chosen, factors = premerge_bars(shape, 64, "bf16", 0.3, times)
     assert chosen.name == "low_rank less 5 µs / dense"
-    assert (fused.name, fused.limit, fused.at_most) == (f"dense / {FUSED}", 1.5, False)
-    assert fused.value == pytest.approx(1.2)
+    assert (factors.name, factors.limit, factors.at_most) == (f"dense / {FACTORS}", 1.5, False)
+    assert factors.value == pytest.approx(1.2)
     assert len(premerge_bars(shape, 64, "bf16", 0.5, times)) == 1
     assert len(premerge_bars((1024, 4096), 64, "bf16", 0.3, times)) == 1

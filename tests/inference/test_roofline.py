@@ -90,12 +90,14 @@ def test_low_rank_on_a_gpu_that_has_the_kernel_starts_once_for_few_tokens(
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr("factorlm.ops.low_rank.has_triton", lambda: triton)
     monkeypatch.setattr("factorlm.ops.low_rank.has_kernel", has_kernel.__wrapped__)
-    for name, dtype, starts in (
-        ("low_rank", torch.bfloat16, {1: 2 - one_launch, 64: 2 - one_launch, 128: 2}),
-        ("low_rank", torch.float64, {1: 2}),
-        ("block_dense", torch.bfloat16, {1: 2}),
+    for name, dtype, width, starts in (
+        ("low_rank", torch.bfloat16, 768, {1: 2 - one_launch, 16: 2 - one_launch, 32: 2}),
+        ("low_rank", torch.bfloat16, 4096, {1: 2 - one_launch}),
+        ("low_rank", torch.float32, 4096, {1: 2}),  # 43 MB of factors
+        ("low_rank", torch.float64, 768, {1: 2}),
+        ("block_dense", torch.bfloat16, 768, {1: 2}),
     ):
-        case = case_of(name, 768, 3072, dtype=dtype, device_type="cuda")
+        case = case_of(name, width, 4 * width, dtype=dtype, device_type="cuda", ratio=0.16)
         free, dear = (estimated_table(case, machine(overhead_ms=ms)).rows for ms in (0.0, 1.0))
         found = {
             row.num_tokens: round(row.structured_ms - base.structured_ms)

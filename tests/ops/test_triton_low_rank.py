@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorlm.ops import low_rank as module
-from factorlm.ops.low_rank import FEW_TOKENS, fits_one_launch, has_triton, low_rank
+from factorlm.ops.kernels import has_triton
+from factorlm.ops.low_rank import FEW_TOKENS, fits_one_launch, low_rank
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux alone")
 KERNEL = torch.tensor(7.0)
@@ -44,83 +46,214 @@ def test_in_the_interpreter() -> None:
 
 
 @on_linux
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("capability", "chained"), [(80, False), (90, False), (90, True)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("num_tokens", [1, 16, 64])
+@pytest.mark.parametrize(("width_in", "num_parts"), [(256, 1), (4096, 8)])
 def test_compiles_for_a_gpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capability: int,
+    chained: bool,
     dtype: str,
-    num_tokens: int,
+    width_in: int,
+    num_parts: int,
 ) -> None:
     """As far as the machine code, with memory that a GPU has, and the order that the docstring
-    promises: release after the parts are stored, acquire before they are read."""
+    promises: release after what it releases is stored, acquire before that is read, and nothing
+    that the kernel before may use or write is touched before that one has ended."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ptx, shared = compiled(capability, dtype, num_tokens)
+    ptx, shared = compiled(capability, dtype, chained, width_in, num_parts)
     assert shared <= SHARED_MEMORY
     assert "tf32" not in ptx
-    assert ptx.count("atom.global.gpu.acq_rel.add") == 1
-    acquires = [ptx.find(name) for name in ("ld.global.gpu.acquire", "atom.global.gpu.acquire.add")]
-    acquire, load = max(acquires), ptx.find("ld.global.cg")
-    assert 0 <= acquire < ptx.find("bar.sync", acquire) < load
-    release = ptx.find("atom.global.gpu.acq_rel.add")
-    assert "bar.sync" in ptx[ptx.rfind("st.global", 0, release) : release]
+    *stored, ended = places(ptx, "atom.global.gpu.acq_rel.add")
+    assert len(stored) == (num_parts > 1)  # the parts of a block of h are counted
+    waits = places(ptx, "ld.global.gpu.acquire") + places(ptx, "atom.global.gpu.acquire.add")
+    for counted in stored:
+        assert_threads_meet(ptx, accesses(ptx, "st", "parts"), [counted])
+        assert_threads_meet(ptx, [counted], accesses(ptx, "ld", "parts"))
+        assert_threads_meet(ptx, [counted], accesses(ptx, "st", "h"))
+    assert_threads_meet(ptx, accesses(ptx, "st", "h"), [ended])
+    assert_threads_meet(ptx, waits, accesses(ptx, "ld", "h"))
+    assert_threads_meet(ptx, waits, accesses(ptx, "st", "y"))
+    for at in accesses(ptx, "ld", "h") + (accesses(ptx, "ld", "parts") if stored else []):
+        assert ptx.startswith("ld.global.cg", at)
+    before = places(ptx, "griddepcontrol.wait")
+    assert len(places(ptx, "griddepcontrol.launch_dependents")) == len(before) == chained
+    for end in before:
+        assert places(ptx, "griddepcontrol.launch_dependents")[0] < min(places(ptx, "ld.global"))
+        assert min(accesses(ptx, "ld", "V")) < end  # fetched meanwhile
+        assert end < min(accesses(ptx, "ld", "x") + accesses(ptx, "st", "h"))
+        assert not stored or end < min(accesses(ptx, "st", "parts"))
 
 
-def compiled(capability: int, dtype: str, num_tokens: int) -> tuple[str, int]:
-    """PTX of 1024 -> 256 -> 4096, and its bytes of shared memory, as a launch would have it."""
+def places(text: str, part: str) -> list[int]:
+    """Where ``part`` begins, in order."""
+    return [found.start() for found in re.finditer(re.escape(part), text)]
+
+
+ARGUMENTS = ("x", "V", "U", "bias", "y", "h", "parts", "counters")
+"""The pointers, in the kernel's order."""
+
+
+def accesses(ptx: str, operation: str, argument: str) -> list[int]:
+    """Where the kernel loads (ld) or stores (st) at addresses computed from an argument."""
+    place = ARGUMENTS.index(argument)
+    (first,) = re.findall(rf"ld\.param\.b64\s+(%rd\d+), \[_kernel_param_{place}\];", ptx)
+    moves = re.findall(r"(?:add|mad|mov)\.[\w.]+\s+(%rd\d+), ([^;]*);", ptx)
+    addresses, known = {first}, 0
+    while known < len(addresses):
+        known = len(addresses)
+        addresses |= {to for to, of in moves if addresses.intersection(re.findall(r"%rd\d+", of))}
+    every = re.finditer(rf"\b{operation}\.global[^;]*\[ (%rd\d+) \+ \d+ \]", ptx)
+    found = [one.start() for one in every if one[1] in addresses]
+    assert found
+    return found
+
+
+def assert_threads_meet(ptx: str, before: list[int], after: list[int]) -> None:
+    """Between all of the one and all of the other."""
+    assert max(before) < min(after)
+    assert "bar.sync" in ptx[max(before) : min(after)]
+
+
+def compiled(
+    capability: int, dtype: str, chained: bool, width_in: int, num_parts: int
+) -> tuple[str, int]:
+    """PTX of ``width_in`` -> 256 -> 4096, and its bytes of shared memory, as a launch would have
+    it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from factorlm.ops import triton_low_rank as kernel
 
-    sizes = {"width_in": 1024, "rank": 256, "width_out": 4096}
-    chosen = kernel.tiles(num_tokens, *sizes.values(), 4 if dtype == "fp32" else 2, 108)
-    parts, block_n, block_o, block_k = chosen
-    constants = dict(
-        zip(
-            ("NUM_PARTS", "BLOCK_N", "BLOCK_R", "BLOCK_O", "BLOCK_K", "WIDEN"),
-            (parts, block_n, kernel.BLOCK_R, block_o, block_k, False),
-            strict=True,
-        )
-    )
-    pointers = dict.fromkeys(("x", "V", "U", "bias", "y"), f"*{dtype}")
+    itemsize = 4 if dtype == "fp32" else 2
+    assert kernel.num_parts(width_in, 256, itemsize, 108) == num_parts
+    constants = {
+        "NUM_PARTS": num_parts,
+        "BLOCK_N": kernel.MAX_TOKENS,
+        "BLOCK_R": kernel.BLOCK_R,
+        "BLOCK_O": kernel.BLOCK_O,
+        "BLOCK_K": kernel.BLOCK_BYTES // itemsize,
+        "CHAINED": chained,
+        "WIDEN": False,
+    }
+    pointers = dict.fromkeys(("x", "V", "U", "bias", "y", "h"), f"*{dtype}")
     pointers |= {"parts": "*fp32", "counters": "*i32"}
     names = kernel._kernel.arg_names
+    assert tuple(names[: len(ARGUMENTS)]) == ARGUMENTS
     types = {
         name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names
     }
-    places = {name: (place,) for place, name in enumerate(names)}
+    place = {name: (index,) for index, name in enumerate(names)}
+    aligned = (*pointers, "width_in", "rank", "width_out")
     source = ASTSource(
         kernel._kernel,
         types,
-        {places[name]: value for name, value in constants.items()},
-        {places[name]: [["tt.divisibility", 16]] for name in (*pointers, *sizes)},
+        {place[name]: value for name, value in constants.items()},
+        {place[name]: [["tt.divisibility", 16]] for name in aligned},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    target = GPUTarget("cuda", capability, 32)
+    binary = triton.compile(source, target=target, options={"launch_pdl": chained})
     assert binary.asm["cubin"]
     return str(binary.asm["ptx"]), int(binary.metadata.shared)
 
 
 @on_linux
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16, 17, 64])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (768, 192, 3072), (4096, 1024, 11008), (16384, 4096, 4096)]
+    "sizes", [(1, 1), (768, 192), (4096, 1024), (16384, 4096), (65536, 16), (1024, 992)]
 )
-def test_tiles_are_powers_of_two_within_their_limits(
-    num_tokens: int, itemsize: int, sizes: tuple[int, int, int]
+def test_parts_are_a_power_of_two_within_their_limits(
+    itemsize: int, sizes: tuple[int, int]
 ) -> None:
-    from factorlm.ops.triton_low_rank import BLOCK_R, tiles
+    from factorlm.ops import triton_low_rank as kernel
 
-    chosen = tiles(num_tokens, *sizes, itemsize, 132)
-    assert all(size & (size - 1) == 0 for size in chosen)
-    assert num_tokens <= chosen.block_n < 2 * num_tokens
-    assert chosen.num_parts * -(-sizes[1] // BLOCK_R) <= max(132, -(-sizes[1] // BLOCK_R))
-    assert chosen.num_parts * chosen.block_n * chosen.block_k <= 8192
-    assert chosen.block_k >= 16  # the least that tl.dot sums over
+    width_in, rank = sizes
+    parts = kernel.num_parts(width_in, rank, itemsize, 132)
+    blocks = -(-rank // kernel.BLOCK_R)
+    assert parts & (parts - 1) == 0
+    assert 1 <= parts <= kernel.MAX_PARTS
+    assert parts == 1 or parts * blocks <= 2 * 132
+    assert parts == 1 or blocks + 2 <= kernel.COUNTERS_OF_A_LAUNCH
+    assert (parts - 1) * kernel.BLOCK_BYTES < width_in * itemsize
+
+
+@pytest.mark.parametrize(
+    ("capability", "starts_early"), [((8, 9), False), ((9, 0), True), ((12, 0), True)]
+)
+def test_parameters_let_a_launch_start_early_where_the_device_can(
+    weights: tuple[Tensor, Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    starts_early: bool,
+) -> None:
+    """Other tensors may be computed by the kernel before."""
+    monkeypatch.setattr(module, "_starts_early", module._starts_early.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    V, U, _ = weights
+    cuda = torch.device("cuda", 0)
+    assert module._can_chain(cuda, nn.Parameter(V), nn.Parameter(U)) == starts_early
+    assert not module._can_chain(cuda, V, nn.Parameter(U))
+    assert not module._can_chain(cuda, nn.Parameter(V), U)
+    assert not module._can_chain(torch.device("cpu"), nn.Parameter(V), nn.Parameter(U))
+
+
+@on_linux
+@pytest.mark.usefixtures("_kernel_is_there")
+@torch.no_grad()
+def test_a_graph_chains_what_was_compared_in_both_forms(
+    weights: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[bool] = []
+
+    def fused(*tensors: Tensor, chained: bool) -> Tensor:
+        launches.append(chained)
+        return linear(linear(*tensors[:2]), *tensors[2:])
+
+    def launched(*factors: Tensor, captured: bool) -> list[bool]:
+        launches.clear()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+        low_rank(x, *factors, bias)
+        return launches
+
+    monkeypatch.setattr(module, "_fused", fused)
+    monkeypatch.setattr(module, "_starts_early", lambda device: True)
+    x = torch.randn(3, 8).as_subclass(OnGPU)
+    V, U, bias = weights
+    parameters = nn.Parameter(V), nn.Parameter(U)
+    monkeypatch.setattr(module, "fits_one_launch", lambda *tensors: True)
+    assert launched(V, U, captured=False) == [False]
+    assert launched(V, U, captured=True) == [False]
+    assert launched(*parameters, captured=True) == []  # no chained form was compiled yet
+    assert launched(*parameters, captured=False) == [False, True]
+    assert launched(*parameters, captured=False) == [False]
+    assert launched(*parameters, captured=True) == [True]
+    assert launched(V, U, captured=True) == [False]
+
+
+@on_linux
+@pytest.mark.usefixtures("_kernel_is_there")
+@torch.no_grad()
+def test_a_kernel_whose_chained_form_differs_is_not_used(
+    weights: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fused(*tensors: Tensor, chained: bool) -> Tensor:
+        return (1.1 if chained else 1.0) * linear(linear(*tensors[:2]), *tensors[2:])
+
+    monkeypatch.setattr(module, "_fused", fused)
+    monkeypatch.setattr(module, "_starts_early", lambda device: True)
+    x, (V, U, bias) = torch.randn(3, 8), weights
+    low_rank(x, V, U, bias)  # has no such form
+    with pytest.warns(UserWarning, match="differs by 0.1"):
+        low_rank(x, nn.Parameter(V), nn.Parameter(U), bias)
+    assert list(module._AGREES.values()) == [True, False]
+
+
+class OnGPU(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -233,7 +366,7 @@ def test_the_kernel_is_launched_on_the_device_of_its_tensors(
         yield
         events.append("back")
 
-    def launch(*tensors: Tensor) -> Tensor:
+    def launch(*tensors: Tensor, chained: bool) -> Tensor:
         events.append("launch")
         return KERNEL
 
@@ -249,13 +382,13 @@ def test_the_kernel_is_launched_on_the_device_of_its_tensors(
 def test_a_kernel_that_differs_or_fails_is_not_used(
     weights: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(x: Tensor, *rest: Tensor) -> Tensor:
+    def fails(x: Tensor, *rest: Tensor, chained: bool) -> Tensor:
         raise RuntimeError("no compiler")
 
-    def differs(x: Tensor, V: Tensor, U: Tensor, bias: Tensor) -> Tensor:
+    def differs(x: Tensor, V: Tensor, U: Tensor, bias: Tensor, *, chained: bool) -> Tensor:
         return 1.1 * linear(linear(x, V), U, bias)
 
-    def is_nan(x: Tensor, *rest: Tensor) -> Tensor:
+    def is_nan(x: Tensor, *rest: Tensor, chained: bool) -> Tensor:
         return torch.full((len(x), 6), torch.nan)
 
     x = torch.randn(3, 8)

@@ -28,6 +28,8 @@ class BenchmarkCase:
     """Against the baseline, by FLOPs or bytes alone."""
     num_tokens: int | None = None
     """Tokens that a call makes or reads, where cases differ in it."""
+    num_layers: int = 1
+    """That a call runs one after the other; what is recorded is of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ def measure_cases(
         min_round_ms=min_round_ms,
         synchronize=synchronizer(device),
     )
+    found = {name: one.divided_by(cases[name].num_layers) for name, one in found.items()}
     return record_of(benchmark, settings, cases, found, device=device, baseline=baseline, bars=bars)
 
 

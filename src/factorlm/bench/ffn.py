@@ -39,7 +39,9 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, I)."""
-        y: Tensor = self.down(gelu(self.up(x)))
+        up = self.up
+        wide = up.forward_gelu(x) if isinstance(up, StructuredLinear) else gelu(up(x))
+        y: Tensor = self.down(wide)
         return y
 
 

@@ -1,17 +1,19 @@
 """Few tokens or many: structured layers that may use a merged copy, beside dense ones.
 
-On CUDA every case is captured as a graph: at few tokens Python would take longer than the kernel.
+On CUDA every case is captured as a graph of several layers: at few tokens Python would take longer
+than the kernel, and one layer's weights would stay in the cache.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from factorlm.bench.cases import Bar, BenchmarkCase, Timings, measure_cases
 from factorlm.bench.kernel import WIDE
@@ -20,7 +22,8 @@ from factorlm.bench.truth import CHECKED_TOKENS, check_layer, check_outputs
 from factorlm.errors import NumericError
 from factorlm.inference import pack_, tune
 from factorlm.inference.capture import capture
-from factorlm.layers import PreMergedLinear, StructuredLinear
+from factorlm.layers import PreMergedLinear, StructureConfig, StructuredLinear
+from factorlm.layers.low_rank import LowRankLinear
 from factorlm.ops.low_rank import expects_one_launch
 from factorlm.records import BenchmarkRecord
 
@@ -29,11 +32,20 @@ ALLOWED_MS = 0.005
 PROMISED_WIDTH = 512
 PROMISED_SHARE = 1 / 3
 """Of the parameters, at most, where a layer is promised to be faster than dense by a factor."""
-FUSED = "low_rank, fused kernel"
-"""On CUDA, up to 64 tokens: the factors, whatever the table says."""
+FACTORS = "low_rank, by its factors"
+"""On CUDA, up to 64 tokens: whatever the table says, in one launch where that is faster."""
+TWO = "low_rank, two matmuls"
+"""On CUDA, where its factors take one launch."""
+FACTORS_TOKENS = 64
+COLD_BYTES, MAX_LAYERS = 2**28, 32
+"""On CUDA a graph runs so many layers that they hold this much, several times a cache: decoding,
+too, finds no weight there that it reads."""
 PACKED = "dense, packed"
 """What ``pack_`` makes of a dense layer on a CPU: not what the bars are about, but what is fair to
 know."""
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def benchmark_premerge(options: BenchOptions) -> Iterator[BenchmarkRecord]:
@@ -48,28 +60,45 @@ def benchmark_premerge(options: BenchOptions) -> Iterator[BenchmarkRecord]:
                 yield measure_premerge(options, layers, shape, num_tokens, dtype)
 
 
-def build_layers(options: BenchOptions, shape: tuple[int, int], dtype: str) -> dict[str, nn.Module]:
+def build_layers(
+    options: BenchOptions, shape: tuple[int, int], dtype: str
+) -> dict[str, list[nn.Module]]:
     """Dense, as PyTorch runs it and packed, and each structure, tuned up to the largest number of
-    tokens, in eval mode. The factors are checked first (``NumericError``)."""
+    tokens, in eval mode: one layer each, on CUDA as many as ``COLD_BYTES`` hold. The factors are
+    checked first (``NumericError``)."""
     device, kept = torch.device(options.device), DTYPES[dtype]
     torch.manual_seed(0)
-    layers: dict[str, nn.Module] = {
-        "dense": nn.Linear(*shape, bias=False, device=device, dtype=kept).eval()
-    }
+    configs = {name: quick_start(one) for name, one in options.configs(*shape).items()}
+    count = _num_layers(device, shape, list(configs.values()), kept)
+
+    def several(build: Callable[..., Layer]) -> list[Layer]:
+        return [build(*shape, bias=False, device=device, dtype=kept).eval() for _ in range(count)]
+
+    layers: dict[str, list[nn.Module]] = {"dense": [*several(nn.Linear)]}
     packed = copy.deepcopy(layers["dense"])
-    if pack_(nn.Sequential(packed)):
+    if pack_(nn.Sequential(*packed)):
         layers[PACKED] = packed
-    for name, config in options.configs(*shape).items():
-        layer = quick_start(config).build(*shape, bias=False, device=device, dtype=kept).eval()
-        check_layer(layer, torch.randn(CHECKED_TOKENS, shape[0], device=device, dtype=kept))
-        (table,) = tune(nn.Sequential(layer), max_tokens=max(options.num_tokens)).values()
-        layers[name] = PreMergedLinear(layer, table.policy)
+    for name, config in configs.items():
+        built = several(config.build)
+        check_layer(built[0], torch.randn(CHECKED_TOKENS, shape[0], device=device, dtype=kept))
+        (table,) = tune(nn.Sequential(*built), max_tokens=max(options.num_tokens)).values()
+        layers[name] = [PreMergedLinear(layer, table.policy) for layer in built]
     return layers
+
+
+def _num_layers(
+    device: torch.device, shape: tuple[int, int], configs: list[StructureConfig], kept: torch.dtype
+) -> int:
+    if device.type != "cuda":
+        return 1
+    weights = [config.flops_per_token(*shape) // 2 for config in configs]
+    smallest = min([shape[0] * shape[1], *weights]) * kept.itemsize
+    return min(-(-COLD_BYTES // smallest), MAX_LAYERS)
 
 
 def measure_premerge(
     options: BenchOptions,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, list[nn.Module]],
     shape: tuple[int, int],
     num_tokens: int,
     dtype: str,
@@ -78,12 +107,13 @@ def measure_premerge(
     computes something else."""
     device = torch.device(options.device)
     x = torch.randn(num_tokens, shape[0], device=device, dtype=DTYPES[dtype])
-    layers = {**layers, **_fused(layers, x)}
+    layers = {**layers, **_forms(layers, x)}
     cases = {}
-    for name, layer in layers.items():
-        run = timed_forward(layer, x)
-        check_timed(name, run, layer, x)
-        cases[name] = BenchmarkCase(run=run, ideal_speedup=_ideal(layer, shape))
+    for name, several in layers.items():
+        run = timed_forward(several, x)
+        check_timed(name, run, several[-1], x)
+        ideal = _ideal(several[0], shape)
+        cases[name] = BenchmarkCase(run=run, ideal_speedup=ideal, num_layers=len(several))
     return measure_cases(
         "premerge",
         _settings(options, layers, shape, num_tokens, dtype),
@@ -98,8 +128,8 @@ def measure_premerge(
 def premerge_bars(
     shape: tuple[int, int], num_tokens: int, dtype: str, share: float, times: Timings
 ) -> list[Bar]:
-    """Never slower than dense; far faster where bytes decide: with one token, and on CUDA with
-    the fused kernel."""
+    """Never slower than dense; far faster where bytes decide: with one token, and on CUDA by the
+    factors."""
     if min(shape) < PROMISED_WIDTH:
         return []
     bars = [
@@ -109,9 +139,9 @@ def premerge_bars(
             limit=1.03,
         )
         for name in times.by_name
-        if name not in ("dense", PACKED, FUSED)
+        if name not in ("dense", PACKED, FACTORS, TWO)
     ]
-    limits = {FUSED: 1.5}
+    limits = {FACTORS: 1.5}
     if num_tokens == 1 and dtype == "bf16":
         limits["low_rank"] = 2.5
     promised = min(shape) >= WIDE and share <= PROMISED_SHARE
@@ -122,13 +152,18 @@ def premerge_bars(
     return bars
 
 
-def timed_forward(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """What is timed: ``layer`` (x (N, I)) -> (N, O) without gradients, its copies made.
+def timed_forward(layers: Sequence[nn.Module], x: Tensor) -> Callable[[], Tensor]:
+    """What is timed: each of ``layers`` (x (N, I)) -> (N, O) without gradients, its copies made,
+    and the last one's result.
 
     On CUDA a graph, made as that of a step of decoding is: with the merged copy of a
     ``PreMergedLinear`` where its table chooses that, else with its factors.
     """
-    run = torch.no_grad()(lambda: layer(x))
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return [layer(x) for layer in layers][-1]
+
     run()
     return capture(run, x.device) if x.is_cuda else run
 
@@ -143,24 +178,42 @@ def check_timed(name: str, run: Callable[[], Tensor], layer: nn.Module, x: Tenso
 
 
 def _factors(layer: nn.Module) -> nn.Module:
-    return layer.structured if isinstance(layer, PreMergedLinear) else layer
+    return layer.structured if isinstance(layer, PreMergedLinear | _TwoMatmuls) else layer
 
 
-def _fused(layers: Mapping[str, nn.Module], x: Tensor) -> dict[str, nn.Module]:
-    """The factors of low_rank as a case of their own, where they take one launch."""
-    layer = layers.get("low_rank")
-    is_fused = expects_one_launch(x.device, x.dtype, len(x))
-    return {FUSED: layer.structured} if is_fused and isinstance(layer, PreMergedLinear) else {}
+class _TwoMatmuls(nn.Module):
+    """The factors of a low_rank layer without the kernel for few tokens."""
+
+    def __init__(self, layer: LowRankLinear) -> None:
+        super().__init__()
+        self.structured = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(x, self.structured.V), self.structured.U)
+
+
+def _forms(layers: Mapping[str, list[nn.Module]], x: Tensor) -> dict[str, list[nn.Module]]:
+    """The factors of low_rank as a case of their own, and where they take one launch, as two."""
+    wrapped = [one for one in layers.get("low_rank", []) if isinstance(one, PreMergedLinear)]
+    factors = [one.structured for one in wrapped if isinstance(one.structured, LowRankLinear)]
+    if not (factors and x.is_cuda and len(x) <= FACTORS_TOKENS):
+        return {}
+    num_weights = sum(matrix.numel() for matrix in factors[0].matrices())
+    forms: dict[str, list[nn.Module]] = {FACTORS: list(factors)}
+    if expects_one_launch(x.device, x.dtype, len(x), num_weights):
+        forms[TWO] = [_TwoMatmuls(layer) for layer in factors]
+    return forms
 
 
 def _settings(
     options: BenchOptions,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, list[nn.Module]],
     shape: tuple[int, int],
     num_tokens: int,
     dtype: str,
 ) -> dict[str, Any]:
-    tuned = {name: layer for name, layer in layers.items() if isinstance(layer, PreMergedLinear)}
+    firsts = {name: several[0] for name, several in layers.items()}
+    tuned = {name: layer for name, layer in firsts.items() if isinstance(layer, PreMergedLinear)}
     return {
         "shape": list(shape),
         "num_tokens": num_tokens,
@@ -174,6 +227,7 @@ def _settings(
         },
         "merged": {name: layer.policy.merges(num_tokens) for name, layer in tuned.items()},
         "timed": "CUDA graph" if torch.device(options.device).type == "cuda" else None,
+        "num_layers": len(layers["dense"]),
     }
 
 

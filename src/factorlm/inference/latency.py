@@ -23,7 +23,7 @@ import torch
 from factorlm.errors import DataError, FactorlmError
 from factorlm.layers import MergePolicy, StructureConfig, StructuredLinear
 from factorlm.measure import cpu_name
-from factorlm.ops.low_rank import has_triton
+from factorlm.ops.kernels import has_triton
 from factorlm.storage import (
     cache_folder,
     read_sealed_json,

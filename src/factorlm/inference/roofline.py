@@ -94,9 +94,10 @@ def _starts_once(case: LayerCase, num_tokens: int) -> bool:
     """Whether low_rank takes one launch on a device of this machine that ``case`` is of."""
     count = torch.cuda.device_count() if case.device_type == "cuda" else 0
     devices = (torch.device("cuda", index) for index in range(count))
+    num_weights = case.config.num_params(case.in_features, case.out_features)
     return any(
         torch.cuda.get_device_name(device) == case.device_name
-        and expects_one_launch(device, case.dtype, num_tokens)
+        and expects_one_launch(device, case.dtype, num_tokens, num_weights)
         for device in devices
     )
 

@@ -14,6 +14,7 @@ from typing import Self, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import gelu
 
 from factorlm.config import check
 from factorlm.errors import NumericError
@@ -36,9 +37,9 @@ class StructuredLinear(nn.Module, ABC):
     """y = x Wᵀ + b with W (O, I) a product of factors.
 
     A concrete class is final, declares the parameters that its config states as ``factors``
-    (they are allocated here), and implements the four abstract methods; ``products`` and
-    ``matrices`` are there to be overridden. The battery in ``factorlm.testing.contract`` proves a
-    class.
+    (they are allocated here), and implements the four abstract methods; ``products``,
+    ``matrices`` and ``forward_gelu`` are there to be overridden. The battery in
+    ``factorlm.testing.contract`` proves a class.
     """
 
     bias: nn.Parameter | None
@@ -68,6 +69,13 @@ class StructuredLinear(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
+
+    def forward_gelu(self, x: Tensor) -> Tensor:
+        """gelu(self(x)), (*, I) -> (*, O), with the exact GELU.
+
+        Override it where the last product may take GELU along (``factorlm.ops.linear_gelu``).
+        """
+        return gelu(self(x))
 
     @abstractmethod
     def to_dense(self) -> Tensor:

@@ -22,7 +22,12 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.initialization import orthogonal_polar
 from factorlm.layers.projection import balanced_svd
-from factorlm.ops.block_dense import block_dense, block_dense_dense, block_dense_products
+from factorlm.ops.block_dense import (
+    block_dense,
+    block_dense_dense,
+    block_dense_gelu,
+    block_dense_products,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,11 @@ class BlockDenseLinear(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
         return block_dense(x, self.B, self.L, self.bias)
+
+    def forward_gelu(self, x: Tensor) -> Tensor:
+        """gelu(L(Bx) + b), (*, I) -> (*, O)."""
+        y = block_dense_gelu(x, self.B, self.L, self.bias)
+        return super().forward_gelu(x) if y is None else y
 
     def to_dense(self) -> Tensor:
         """L blockdiag(B), (O, I)."""

@@ -28,6 +28,7 @@ from factorlm.layers.projection import balanced_svd
 from factorlm.ops.block_shuffle import (
     block_shuffle,
     block_shuffle_dense,
+    block_shuffle_gelu,
     block_shuffle_products,
     num_rounds,
 )
@@ -104,6 +105,13 @@ class BlockShuffleLinear(StructuredLinear):
         """(*, I) -> (*, O)."""
         shuffle = self.config.output_shuffle
         return block_shuffle(x, self.first, self.second, self.bias, output_shuffle=shuffle)
+
+    def forward_gelu(self, x: Tensor) -> Tensor:
+        """gelu(self(x)), (*, I) -> (*, O)."""
+        y = None
+        if not self.config.output_shuffle:
+            y = block_shuffle_gelu(x, self.first, self.second, self.bias)
+        return super().forward_gelu(x) if y is None else y
 
     def to_dense(self) -> Tensor:
         """(O, I)."""

@@ -20,7 +20,7 @@ from factorlm.layers.config import (
 )
 from factorlm.layers.initialization import dense_std, gaussian
 from factorlm.layers.projection import balanced_svd
-from factorlm.ops.low_rank import low_rank, low_rank_dense
+from factorlm.ops.low_rank import low_rank, low_rank_dense, low_rank_gelu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,11 @@ class LowRankLinear(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
         return low_rank(x, self.V, self.U, self.bias)
+
+    def forward_gelu(self, x: Tensor) -> Tensor:
+        """gelu(U(Vx) + b), (*, I) -> (*, O)."""
+        y = low_rank_gelu(x, self.V, self.U, self.bias)
+        return super().forward_gelu(x) if y is None else y
 
     def to_dense(self) -> Tensor:
         """U V, (O, I)."""

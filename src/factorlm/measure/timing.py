@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,11 @@ class Measurement:
         """Distance between the quartiles of the rounds."""
         low, _, high = statistics.quantiles(self.latencies_ms, n=4, method="inclusive")
         return high - low
+
+    def divided_by(self, count: int) -> Measurement:
+        """Of one of the ``count`` equal things that a call did."""
+        latencies = tuple(latency / count for latency in self.latencies_ms)
+        return dataclasses.replace(self, latencies_ms=latencies)
 
     def ratio_to(self, other: Measurement) -> float:
         """Median over rounds of this latency by the other's of the same round.

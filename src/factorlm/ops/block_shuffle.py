@@ -21,6 +21,7 @@ from factorlm.ops.block_diagonal import (
     multiply_each,
     panels,
 )
+from factorlm.ops.linear_gelu import linear_gelu, takes_linear_gelu
 from factorlm.ops.observed import is_transformed
 
 TOKENS_AT_ONCE = 2048
@@ -110,6 +111,21 @@ def _multiply_grouped(
         multiply_each(first, panels(part, num_blocks).mT, _blocks(held, first))
         multiply_each(_groups(held, second).mT, second.mT, panels(out, num_blocks), bias)
     return y
+
+
+def block_shuffle_gelu(
+    x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    """gelu(``block_shuffle`` without its last shuffle), x (*, I) -> (*, O), with GELU in its second
+    product; None where no kernel does that."""
+    num_blocks, matrix = second.shape[0], second.flatten(0, 1)
+    if not takes_linear_gelu(x, matrix, bias, num_groups=num_blocks):
+        return None
+    rows = as_rows(x, first)
+    hidden = _new_hidden(rows, first)
+    multiply_each(first, panels(rows, num_blocks).mT, _blocks(hidden, first))
+    y = linear_gelu(hidden, matrix, bias, num_groups=num_blocks, by_feature=True)
+    return None if y is None else y.view(*x.shape[:-1], matrix.shape[0])
 
 
 class _Grouped(torch.autograd.Function):

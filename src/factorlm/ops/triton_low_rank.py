@@ -2,7 +2,7 @@
 
 With few tokens a product waits for its weights, and two matmuls wait one after the other. Here
 some programs compute h = Vx in parts, while the others fetch their first rows of U, wait for h, and
-compute U h.
+compute U h. In a CUDA graph it also fetches while the kernel before it ends.
 
 **It cannot hang.** What a program does is not decided by its index, since no one promises in which
 order a device starts programs. Each draws a number as it starts, and those that draw the lowest
@@ -11,12 +11,13 @@ device, beside any other kernel, and in Triton's interpreter, which runs one pro
 before the next.
 
 **Nothing is read before it is there.** A program stores its part of h, its threads meet, and one of
-them adds to the counter of finished programs with release semantics at the scope of the device. Who
-waits reads that counter with acquire semantics, its threads meet, and the loads of h pass by the
-first cache, which may be stale.
+them adds to a counter with release semantics at the scope of the device. Who reads what others
+stored has read that counter with acquire semantics before, its threads have met, and its loads pass
+by the first cache, which may be stale.
 
 **Every run gives the same bits.** A part of h is one sum in one order, whichever program computes
-it, and the parts are added by their number.
+it, and the program that is the last to finish a part of some columns of h adds all of them by their
+number.
 
 **The counters are zero again** when the last program has finished, so that a CUDA graph can replay
 the launch. Launches that may overlap have counters of their own: each stream, and each launch in a
@@ -29,82 +30,81 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+MAX_TOKENS = 16
+"""What tensor cores take at once; of fewer the rest is zero, which costs less than to multiply and
+add without them."""
 BLOCK_R = 16
 """Rows of V that one program takes."""
-MIN_COLUMNS = 128
-"""Columns of V below which they are not divided further."""
+BLOCK_O = 32
+"""Rows of U that one program takes."""
+BLOCK_BYTES = 1024
+"""Of a row of V or of U that a program holds at once."""
 MAX_PARTS = 8
-MAX_PARTIAL_ROWS = 128
-"""Padded tokens times parts of h: every program of the second product reads so many rows."""
-MAX_PARTIAL_VALUES = 8192
-"""Of these rows at once: a quarter of the registers that four warps have."""
+COUNTERS_OF_A_LAUNCH = 64
+"""Programs that have started, those that have finished, and the parts of each block of h."""
 NUM_COUNTERS = 2**14
 """Launches in CUDA graphs, over the life of a process, that have counters of their own."""
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, where only float32 has right products."""
 
 
-class Tiles(NamedTuple):
-    """How the two products are divided. Powers of two."""
-
-    num_parts: int
-    """Of the columns of V, each with a program of its own."""
-    block_n: int
-    """N, padded."""
-    block_o: int
-    """Rows of U that one program takes."""
-    block_k: int
-    """Columns of V or of U that a program holds at once."""
-
-
 @functools.cache
-def tiles(
-    num_tokens: int, width_in: int, rank: int, width_out: int, itemsize: int, num_processors: int
-) -> Tiles:
-    """About one program a processor for V, up to two for U, and no more values than registers."""
-    block_n = triton.next_power_of_2(num_tokens)
-    spare = num_processors // triton.cdiv(rank, BLOCK_R)
-    most = min(spare, width_in // MIN_COLUMNS, MAX_PARTS, MAX_PARTIAL_ROWS // block_n)
-    num_parts = 1 << (max(most, 1).bit_length() - 1)
-    block_o = triton.next_power_of_2(triton.cdiv(width_out, 2 * num_processors))
-    block_k = min(MAX_PARTIAL_VALUES // (num_parts * block_n), 256 if itemsize == 2 else 64)
-    return Tiles(num_parts, block_n, min(max(block_o, 16), 32), block_k)
+def num_parts(width_in: int, rank: int, itemsize: int, num_processors: int) -> int:
+    """Of the columns of V, each with a program of its own: a power of two.
+
+    Up to two programs a processor, and no less than one block of columns for each (on an H100 the
+    fastest of 1, 2, 4 and 8 for 2048 -> 512 -> 8192 and for its way back).
+    """
+    blocks = triton.cdiv(rank, BLOCK_R)
+    if blocks > COUNTERS_OF_A_LAUNCH - 2:
+        return 1
+    columns = triton.cdiv(width_in * itemsize, BLOCK_BYTES)
+    most = min(2 * num_processors // blocks, columns, MAX_PARTS)
+    return 1 << (max(most, 1).bit_length() - 1)
 
 
-def tiles_of(x: Tensor, V: Tensor, U: Tensor) -> Tiles:
-    """The tiles of one call. With the sizes, the dtype and the device they decide what Triton
+def num_parts_of(x: Tensor, V: Tensor) -> int:
+    """The parts of one call. With the sizes, the dtype and the device they decide what Triton
     compiles."""
-    processors = _num_processors(x.device)
-    return tiles(x.shape[0], x.shape[1], V.shape[0], U.shape[0], x.dtype.itemsize, processors)
+    return num_parts(x.shape[1], V.shape[0], x.dtype.itemsize, _num_processors(x.device))
 
 
-def fused_low_rank(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, I), V (R, I), U (O, R), bias (O,) -> (N, O).
+def fused_low_rank(
+    x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None = None, *, chained: bool = False
+) -> Tensor:
+    """x (N, I) with N up to ``MAX_TOKENS``, V (R, I), U (O, R), bias (O,) -> (N, O).
 
     All contiguous, on the current device, and of one dtype: float32, bfloat16 or float16. Sums are
     in float32, never TF32, and h is rounded to the dtype in between, as it is by two matmuls. Not
     seen by autograd. In a CUDA graph only with sizes that have been launched before.
+
+    ``chained``: start beside the kernel before, as NVIDIA's GPUs from compute capability 9.0 on
+    can, and fetch V and U while it ends, which no kernel ahead of this one may still write. The
+    launch needs counters of its own, as in a graph, or a device that is idle.
     """
     num_tokens, width_in = x.shape
     width_out, rank = U.shape
-    chosen = tiles_of(x, V, U)
-    y = x.new_empty(num_tokens, width_out)
-    parts = x.new_empty(chosen.num_parts, num_tokens, rank, dtype=torch.float32)
-    num_first = triton.cdiv(rank, BLOCK_R) * chosen.num_parts
-    num_second = triton.cdiv(width_out, chosen.block_o)
+    parts = num_parts_of(x, V)
+    y, h = x.new_empty(num_tokens, width_out), x.new_empty(num_tokens, rank)
+    held = x.new_empty(parts if parts > 1 else 0, num_tokens, rank, dtype=torch.float32)
     counters = _counters(x.device)
+    if counters is None:  # another launch zeroes new ones, which has to end first
+        counters, chained = x.new_zeros(COUNTERS_OF_A_LAUNCH, dtype=torch.int32), False
+    num_first = triton.cdiv(rank, BLOCK_R) * parts
+    num_second = triton.cdiv(width_out, BLOCK_O)
     sizes = (num_tokens, width_in, rank, width_out)
-    blocks = (chosen.num_parts, chosen.block_n, BLOCK_R, chosen.block_o, chosen.block_k)
+    blocks = (parts, MAX_TOKENS, BLOCK_R, BLOCK_O, BLOCK_BYTES // x.dtype.itemsize)
     _kernel[(num_first + num_second,)](
-        x, V, U, bias, y, parts, counters, *sizes, *blocks, INTERPRETED
-    )
+        x, V, U, bias, y, h, held, counters, *sizes, *blocks, chained, INTERPRETED,
+        launch_pdl=chained,
+    )  # fmt: skip
     return y
 
 
@@ -115,8 +115,9 @@ def _kernel(
     U: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
+    h: tl.tensor,  # (N, R)
     parts: tl.tensor,  # (NUM_PARTS, N, R), float32
-    counters: tl.tensor,  # programs that have started, and that have finished
+    counters: tl.tensor,  # COUNTERS_OF_A_LAUNCH
     num_tokens: tl.tensor,
     width_in: tl.tensor,
     rank: tl.tensor,
@@ -126,19 +127,22 @@ def _kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     num_first = tl.cdiv(rank, BLOCK_R) * NUM_PARTS
     number = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    if CHAINED:
+        gdc_launch_dependents()
     if number < num_first:
         _first_product(
-            x, V, parts, num_tokens, width_in, rank, number,
-            NUM_PARTS, BLOCK_N, BLOCK_R, BLOCK_K, WIDEN,
+            x, V, h, parts, counters + 2, num_tokens, width_in, rank, number,
+            NUM_PARTS, BLOCK_N, BLOCK_R, BLOCK_K, CHAINED, WIDEN,
         )  # fmt: skip
     else:
         _second_product(
-            parts, U, bias, y, counters, num_tokens, rank, width_out, number - num_first, num_first,
-            NUM_PARTS, BLOCK_N, BLOCK_O, BLOCK_K, WIDEN,
+            h, U, bias, y, counters + 1, num_tokens, rank, width_out, number - num_first, num_first,
+            BLOCK_N, BLOCK_O, BLOCK_K, WIDEN,
         )  # fmt: skip
     tl.debug_barrier()  # what all threads stored comes before the release by one of them
     num_before = tl.atomic_add(counters + 1, 1, sem="acq_rel", scope="gpu")
@@ -151,7 +155,9 @@ def _kernel(
 def _first_product(
     x: tl.tensor,
     V: tl.tensor,
+    h: tl.tensor,
     parts: tl.tensor,
+    num_stored: tl.tensor,  # parts of each block of h
     num_tokens: tl.tensor,
     width_in: tl.tensor,
     rank: tl.tensor,
@@ -160,37 +166,54 @@ def _first_product(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """One part of BLOCK_R columns of h."""
-    part = number % NUM_PARTS
+    """One part of BLOCK_R columns of h; the last one adds them up."""
+    part, block = number % NUM_PARTS, number // NUM_PARTS
     n = tl.arange(0, BLOCK_N)[:, None]
-    r = number // NUM_PARTS * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     width = tl.cdiv(tl.cdiv(width_in, NUM_PARTS), BLOCK_K) * BLOCK_K
+    end = min(part * width + width, width_in)
+    i = part * width + tl.arange(0, BLOCK_K)[None, :]
+    rows = _load_rows(V, r, i, width_in, rank, end)
+    if CHAINED:
+        gdc_wait()  # until the kernel before has written x
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for start in range(part * width, min(part * width + width, width_in), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        tokens = tl.load(x + n * width_in + k, (n < num_tokens) & (k < width_in), 0.0)
-        rows = _load_rows(V, r, k, rank, width_in)
+    for _ in tl.range(part * width, end, BLOCK_K, num_stages=1):
+        tokens = tl.load(x + n * width_in + i, (n < num_tokens) & (i < end), 0.0)
+        i += BLOCK_K
+        rows_after = _load_rows(V, r, i, width_in, rank, end)
         total = _add_product(tokens, rows, total, WIDEN)
-    r = r[None, :]
-    out = parts + (part * num_tokens + n) * rank + r
-    tl.store(out, total, (n < num_tokens) & (r < rank))
+        rows = rows_after
+    at = n * rank + r[None, :]
+    inside = (n < num_tokens) & (r[None, :] < rank)
+    if NUM_PARTS == 1:
+        tl.store(h + at, total, inside)
+    else:
+        tl.store(parts + part * num_tokens * rank + at, total, inside)
+        tl.debug_barrier()
+        num_before = tl.atomic_add(num_stored + block, 1, sem="acq_rel", scope="gpu")
+        if num_before == NUM_PARTS - 1:
+            tl.debug_barrier()
+            each = tl.arange(0, NUM_PARTS)[:, None, None] * num_tokens * rank + at[None]
+            stored = tl.load(parts + each, inside[None], 0.0, cache_modifier=".cg")
+            tl.store(h + at, tl.sum(stored, 0), inside)
+            tl.store(num_stored + block, 0)
 
 
 @triton.jit
 def _second_product(
-    parts: tl.tensor,
+    h: tl.tensor,
     U: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
-    counters: tl.tensor,
+    num_finished: tl.tensor,
     num_tokens: tl.tensor,
     rank: tl.tensor,
     width_out: tl.tensor,
     tile: tl.tensor,
     num_first: tl.tensor,
-    NUM_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,19 +223,17 @@ def _second_product(
     n = tl.arange(0, BLOCK_N)[:, None]
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     k = tl.arange(0, BLOCK_K)[None, :]
-    part = tl.arange(0, NUM_PARTS)[:, None, None]
-    rows = _load_rows(U, o, k, width_out, rank)  # fetched while h is computed
-    while tl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu") < num_first:
+    rows = _load_rows(U, o, k, rank, width_out, rank)  # fetched while h is computed
+    while tl.atomic_add(num_finished, 0, sem="acquire", scope="gpu") < num_first:
         pass
     tl.debug_barrier()
     total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for _ in tl.range(0, rank, BLOCK_K, num_stages=1):
-        at = parts + (part * num_tokens + n) * rank + k
-        mask = (n < num_tokens) & (k < rank)
-        hidden = tl.sum(tl.load(at, mask[None], 0.0, cache_modifier=".cg"), 0)
+        inside = (n < num_tokens) & (k < rank)
+        hidden = tl.load(h + n * rank + k, inside, 0.0, cache_modifier=".cg")
         k += BLOCK_K
-        rows_after = _load_rows(U, o, k, width_out, rank)
-        total = _add_product(hidden.to(rows.dtype), rows, total, WIDEN)
+        rows_after = _load_rows(U, o, k, rank, width_out, rank)
+        total = _add_product(hidden, rows, total, WIDEN)
         rows = rows_after
     o = o[None, :]
     if bias is not None:
@@ -225,17 +246,21 @@ def _load_rows(
     matrix: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
+    width: tl.tensor,
     num_rows: tl.tensor,
     num_columns: tl.tensor,
 ) -> tl.tensor:
-    """matrix[row, column], zero outside."""
-    at = matrix + row[:, None] * num_columns + column
+    """matrix[row, column], rows ``width`` apart; zero outside."""
+    at = matrix + row[:, None] * width + column
     return tl.load(at, (row[:, None] < num_rows) & (column < num_columns), 0.0)
 
 
 @triton.jit
 def _add_product(
-    left: tl.tensor, right: tl.tensor, total: tl.tensor, WIDEN: tl.constexpr
+    left: tl.tensor,
+    right: tl.tensor,
+    total: tl.tensor,
+    WIDEN: tl.constexpr,
 ) -> tl.tensor:
     """total (a, b) + left (a, k) rightᵀ (k, b), in float32."""
     if WIDEN:
@@ -254,9 +279,8 @@ class _Counters:
     """The counters of one device, zero between launches, and never freed: graphs keep addresses."""
 
     def __init__(self, device: torch.device) -> None:
-        # Two are used. With four each pair starts at a multiple of 16 bytes, or Triton would
-        # compile another kernel for some of them.
-        self._rows = torch.zeros(NUM_COUNTERS, 4, dtype=torch.int32, device=device)
+        shape = (NUM_COUNTERS, COUNTERS_OF_A_LAUNCH)
+        self._rows = torch.zeros(shape, dtype=torch.int32, device=device)
         self._num_taken = 0
         self._of_stream: dict[int, Tensor] = {}
 
@@ -281,9 +305,8 @@ _COUNTERS: dict[torch.device, _Counters] = {}
 _LOCK = threading.Lock()
 
 
-def _counters(device: torch.device) -> Tensor:
-    """Counters for a launch that comes now. Where none are left, new ones, which cost another
-    launch that zeroes them."""
+def _counters(device: torch.device) -> Tensor | None:
+    """Counters for a launch that comes now; None where all are taken."""
     cuda = device.type == "cuda"
     captured = cuda and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
@@ -293,5 +316,6 @@ def _counters(device: torch.device) -> Tensor:
             if cuda:  # before other streams use them
                 torch.cuda.current_stream(device).synchronize()
         kept = _COUNTERS.get(device)
-        taken = None if kept is None else kept.take() if captured else kept.of_stream(stream)
-    return torch.zeros(4, dtype=torch.int32, device=device) if taken is None else taken
+        if kept is None:
+            return None
+        return kept.take() if captured else kept.of_stream(stream)
