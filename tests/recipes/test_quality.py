@@ -21,6 +21,7 @@ SAME_TOKENS = ["dense", *SHARES]
 GUIDED = [*(f"{kind}_32_guided" for kind in KINDS), "wide_guided"]
 WIDE_BLOCKS = ["wide_block_shuffle", "wide_block_shuffle_gqa"]
 MORE_TOKENS = [*(f"{kind}_32_control" for kind in KINDS), "wide", "wide_gqa", *WIDE_BLOCKS]
+LARGE = ["low_rank_32_guided", "low_rank_32_control", "wide_block_shuffle"]
 
 
 @cache
@@ -30,7 +31,8 @@ def described(name):
 
 def test_every_recipe_is_compared():
     recipes = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert recipes == {*SAME_TOKENS, *GUIDED, *MORE_TOKENS}
+    large = {"large_dense", *(f"large_{name}" for name in LARGE)}
+    assert recipes == {*SAME_TOKENS, *GUIDED, *MORE_TOKENS, *large}
 
 
 @pytest.mark.parametrize("name", SAME_TOKENS)
@@ -53,6 +55,18 @@ def test_the_dense_flops(name):
     dense = described("dense").training.executed_flops
     assert plan.total.executed_flops == pytest.approx(dense, abs=step)
     assert (plan.guide is not None) == (name in GUIDED)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_dense_flops(name):
+    """To one step; fifteen tokens for each parameter of the dense model."""
+    dense, plan = described("large_dense"), described(f"large_{name}").plan
+    assert dense.num_tokens == pytest.approx(15 * 12 * 6 * 384**2, abs=65536)
+    step = plan.step.executed_flops
+    if plan.guided_step is not None:
+        step += plan.guided_step.executed_flops
+    spent = plan.total.executed_flops
+    assert spent == pytest.approx(dense.training.executed_flops, abs=step)
 
 
 @pytest.mark.parametrize("name", WIDE_BLOCKS)

@@ -142,7 +142,7 @@ def premerge_bars(
         if name not in ("dense", PACKED, FACTORS, TWO)
     ]
     limits = {FACTORS: 1.5}
-    if num_tokens == 1 and dtype == "bf16":
+    if num_tokens == 1 and dtype == "bf16" and FACTORS not in times:  # on a CPU
         limits["low_rank"] = 2.5
     promised = min(shape) >= WIDE and share <= PROMISED_SHARE
     for name, limit in limits.items():
