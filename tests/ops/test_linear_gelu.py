@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.utils.flop_counter import FlopCounterMode
 
-from factorlm.layers import BlockShuffleConfig, LowRankConfig, StructureConfig
+from factorlm.layers import (
+    BlockShuffleConfig,
+    LowRankConfig,
+    MergePolicy,
+    PreMergedLinear,
+    StructureConfig,
+)
 from factorlm.layers.block_dense import BlockDenseConfig
 from factorlm.ops import linear_gelu as module
 
@@ -168,3 +174,29 @@ def test_without_a_kernel_it_is_the_layer_and_gelu(config: StructureConfig) -> N
     assert torch.equal(layer.forward_gelu(x), gelu(layer(x)))
     with torch.no_grad():
         assert torch.equal(layer.forward_gelu(x), gelu(layer(x)))
+
+
+def test_values_that_are_not_finite_say_nothing_about_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_AGREES", {})
+    monkeypatch.setattr(module, "_launch", lambda x, weight, bias, *rest: gelu(x @ weight.t()))
+    x, weight = torch.randn(5, 8), torch.randn(16, 8)
+    assert module.linear_gelu(x * torch.nan, weight, None) is None
+    assert not module._AGREES
+    assert module.linear_gelu(x, weight, None) is not None
+
+
+def test_hooks_wrappers_and_another_forward_are_not_passed_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = LowRankConfig(rank=4).build(16, 8)
+    monkeypatch.setattr(type(layer), "fused_gelu", lambda self, x: torch.full((3, 8), 7.0))
+    x = torch.randn(3, 16)
+    assert layer.forward_gelu(x)[0, 0] == 7
+    with layer.register_forward_hook(lambda module, args, y: 2 * y):
+        assert torch.equal(layer.forward_gelu(x), gelu(layer(x)))
+    merged = PreMergedLinear(layer, MergePolicy.always())
+    assert torch.equal(merged.forward_gelu(x), gelu(merged(x)))
+    layer.forward = lambda x: x[:, :8]
+    assert torch.equal(layer.forward_gelu(x), gelu(x[:, :8]))

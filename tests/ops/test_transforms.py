@@ -56,10 +56,11 @@ def test_gradients_of_each_sample(op: Callable[..., Tensor], num_tokens: int) ->
 @few_and_many
 def test_forward_mode_and_second_derivatives(op: Callable[..., Tensor], num_tokens: int) -> None:
     x, factors = draw(op, num_tokens)
+    x, factors = x.double(), [factor.double() for factor in factors]
     for run in (torch.func.jvp, _hessian_times):
         found = run(lambda x: op(x, *factors), (x,), (x.flip(0),))[1]
         want = run(lambda x: dense(op, x, factors), (x,), (x.flip(0),))[1]
-        assert_close(found, want, rtol=1e-4, atol=1e-4)
+        assert_close(found, want, rtol=1e-10, atol=1e-10)
 
 
 def _hessian_times(

@@ -39,7 +39,7 @@ TWO = "low_rank, two matmuls"
 FACTORS_TOKENS = 64
 COLD_BYTES, MAX_LAYERS = 2**28, 32
 """On CUDA a graph runs so many layers that they hold this much, several times a cache: decoding,
-too, finds no weight there that it reads."""
+too, finds no weight there that it reads. Of narrow layers the second number decides."""
 PACKED = "dense, packed"
 """What ``pack_`` makes of a dense layer on a CPU: not what the bars are about, but what is fair to
 know."""

@@ -62,7 +62,9 @@ def plan_for_budget(
         budget_flops: training FLOPs of the whole run. None: what the original steps take with
             every structured layer dense.
         control: no guide; the budget buys more steps, on new data.
-        kind, variant, seed: the guide's, as in ``GuideSchedule``.
+        kind: of the guide's schedule, as in ``GuideSchedule``; so are
+        variant: which steps run the guide, and
+        seed: of the choice of these steps.
 
     FLOPs are ``TrainingFlops.model_flops``, the papers' convention. Executed ones are not a budget
     here: they depend on the optimizer and the batch of a device, which the ``Trainer`` is told

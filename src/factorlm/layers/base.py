@@ -38,7 +38,7 @@ class StructuredLinear(nn.Module, ABC):
 
     A concrete class is final, declares the parameters that its config states as ``factors``
     (they are allocated here), and implements the four abstract methods; ``products``,
-    ``matrices`` and ``forward_gelu`` are there to be overridden. The battery in
+    ``matrices`` and ``fused_gelu`` are there to be overridden. The battery in
     ``factorlm.testing.contract`` proves a class.
     """
 
@@ -70,12 +70,21 @@ class StructuredLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
 
+    @final
     def forward_gelu(self, x: Tensor) -> Tensor:
         """gelu(self(x)), (*, I) -> (*, O), with the exact GELU.
 
-        Override it where the last product may take GELU along (``factorlm.ops.linear_gelu``).
+        In one go by ``fused_gelu`` where that is all that a call does: without hooks, and with the
+        class's own ``forward``.
         """
-        return gelu(self(x))
+        hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        y = None if hooked else self.fused_gelu(x)
+        return gelu(self(x)) if y is None else y
+
+    def fused_gelu(self, x: Tensor) -> Tensor | None:
+        """``forward_gelu`` where the last product takes GELU along (``factorlm.ops.linear_gelu``);
+        None where none does."""
+        return None
 
     @abstractmethod
     def to_dense(self) -> Tensor:

@@ -89,10 +89,9 @@ class BlockDenseLinear(StructuredLinear):
         """(*, I) -> (*, O)."""
         return block_dense(x, self.B, self.L, self.bias)
 
-    def forward_gelu(self, x: Tensor) -> Tensor:
-        """gelu(L(Bx) + b), (*, I) -> (*, O)."""
-        y = block_dense_gelu(x, self.B, self.L, self.bias)
-        return super().forward_gelu(x) if y is None else y
+    def fused_gelu(self, x: Tensor) -> Tensor | None:
+        """gelu(L(Bx) + b), (*, I) -> (*, O), where a kernel takes it."""
+        return block_dense_gelu(x, self.B, self.L, self.bias)
 
     def to_dense(self) -> Tensor:
         """L blockdiag(B), (O, I)."""

@@ -106,12 +106,11 @@ class BlockShuffleLinear(StructuredLinear):
         shuffle = self.config.output_shuffle
         return block_shuffle(x, self.first, self.second, self.bias, output_shuffle=shuffle)
 
-    def forward_gelu(self, x: Tensor) -> Tensor:
-        """gelu(self(x)), (*, I) -> (*, O)."""
-        y = None
-        if not self.config.output_shuffle:
-            y = block_shuffle_gelu(x, self.first, self.second, self.bias)
-        return super().forward_gelu(x) if y is None else y
+    def fused_gelu(self, x: Tensor) -> Tensor | None:
+        """gelu(self(x)), (*, I) -> (*, O), where a kernel takes it: without the last shuffle."""
+        if self.config.output_shuffle:
+            return None
+        return block_shuffle_gelu(x, self.first, self.second, self.bias)
 
     def to_dense(self) -> Tensor:
         """(O, I)."""

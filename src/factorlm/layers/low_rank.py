@@ -69,10 +69,9 @@ class LowRankLinear(StructuredLinear):
         """(*, I) -> (*, O)."""
         return low_rank(x, self.V, self.U, self.bias)
 
-    def forward_gelu(self, x: Tensor) -> Tensor:
-        """gelu(U(Vx) + b), (*, I) -> (*, O)."""
-        y = low_rank_gelu(x, self.V, self.U, self.bias)
-        return super().forward_gelu(x) if y is None else y
+    def fused_gelu(self, x: Tensor) -> Tensor | None:
+        """gelu(U(Vx) + b), (*, I) -> (*, O), where a kernel takes it."""
+        return low_rank_gelu(x, self.V, self.U, self.bias)
 
     def to_dense(self) -> Tensor:
         """U V, (O, I)."""

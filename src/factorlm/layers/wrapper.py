@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from factorlm.layers.base import StructuredLinear
 
@@ -33,6 +34,10 @@ class StructuredWrapper(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(*, I) -> (*, O)."""
+
+    def forward_gelu(self, x: Tensor) -> Tensor:
+        """gelu(self(x)), (*, I) -> (*, O), as a ``StructuredLinear`` has it."""
+        return gelu(self(x))
 
     @property
     def weight(self) -> Tensor:

@@ -23,7 +23,8 @@ def takes_linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_groups: int = 1
 ) -> bool:
     """Whether ``linear_gelu`` has a kernel for tokens ``x`` (*, I) that reach ``weight`` (O, K):
-    many, in half precision, without gradients, on a GPU of NVIDIA's from capability 9.0 on."""
+    many, in half precision, without gradients, on a GPU of NVIDIA's from capability 9.0 on. Not
+    where it was wrong before, nor in a CUDA graph before it was right."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_observed():
         return False
     width_out, fan_in = weight.shape
@@ -35,7 +36,9 @@ def takes_linear_gelu(
         and fan_in % 8 == 0  # rows of the accelerator start at multiples of 16 bytes
         and x.dtype in DTYPES
         and matmul_dtype(x) == x.dtype
+        and (bias is None or bias.shape == (width_out,))
         and _has_kernel(x.device)
+        and _AGREES.get(_case(x, weight, bias, num_groups), not _is_captured())
     )
 
 
@@ -44,18 +47,27 @@ def linear_gelu(
 ) -> Tensor | None:
     """x (N, G K), or (G K, N) ``by_feature``; weight (O, K), bias (O,) -> (N, O), as
     ``factorlm.ops.triton_linear_gelu.linear_gelu`` says; None where that is not right on this
-    device, or would have to be compiled in the middle of a CUDA graph.
+    device, or where the first values of a case are not finite and say nothing about it.
 
     To be called where ``takes_linear_gelu``. The first result of a case is compared with
     PyTorch's.
     """
-    case = (x.device, x.dtype, weight.shape, bias is None, num_groups, by_feature)
-    agrees = _AGREES.get(case)
-    if agrees is None:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    case = _case(x, weight, bias, num_groups)
+    if case not in _AGREES:
+        agrees = _agrees(x, weight, bias, num_groups, by_feature)
+        if agrees is None:
             return None
-        agrees = _AGREES[case] = _agrees(x, weight, bias, num_groups, by_feature)
-    return _launch(x, weight, bias, num_groups, by_feature) if agrees else None
+        _AGREES[case] = agrees
+    return _launch(x, weight, bias, num_groups, by_feature) if _AGREES[case] else None
+
+
+def _case(x: Tensor, weight: Tensor, bias: Tensor | None, num_groups: int) -> tuple[object, ...]:
+    """Groups lie by feature, and one alone does not."""
+    return x.device, x.dtype, weight.shape, bias is None, num_groups
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _AGREES: dict[tuple[object, ...], bool] = {}
@@ -65,11 +77,13 @@ COMPARED_TOKENS = 512
 
 def _agrees(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_groups: int, by_feature: bool
-) -> bool:
+) -> bool | None:
+    tokens = x[:, :COMPARED_TOKENS] if by_feature else x[:COMPARED_TOKENS]
+    wanted = gelu(_product(tokens, weight, bias, num_groups, by_feature))
+    if not bool(wanted.to(x.dtype).isfinite().all()):
+        return None
     try:
-        tokens = x[:, :COMPARED_TOKENS] if by_feature else x[:COMPARED_TOKENS]
         found = _launch(tokens, weight, bias, num_groups, by_feature)
-        wanted = gelu(_product(tokens, weight, bias, num_groups, by_feature))
         relative = relative_difference(found, wanted)
         if relative <= MAX_DIFFERENCE:
             return True

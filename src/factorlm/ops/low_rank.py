@@ -17,7 +17,7 @@ from factorlm.ops.observed import is_observed
 FEW_TOKENS = 16
 """Up to here a GPU computes both products in one launch, if V and U together hold no more than"""
 MAX_BYTES = 2**25
-"""so many. Beyond, two matmuls are as fast or faster (reports/speed)."""
+"""so many. Beyond, two matmuls were faster before the kernel fetched early (reports/speed)."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

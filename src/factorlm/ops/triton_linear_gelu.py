@@ -68,7 +68,7 @@ def linear_gelu(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "row"])
 def _kernel(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
