@@ -1,6 +1,6 @@
 """The Triton kernel of a product with its GELU in Triton's interpreter, against float64.
 
-Run by ``test_linear_gelu.py`` in a process of its own, as ``interpreted_low_rank.py`` is.
+Run by ``test_interpreted.py`` in a process of its own, as ``interpreted_low_rank.py`` is.
 """
 
 from __future__ import annotations

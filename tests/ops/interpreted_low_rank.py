@@ -1,6 +1,6 @@
 """The Triton kernel of low_rank in Triton's interpreter, against float64.
 
-Run by ``test_triton_low_rank.py`` in a process of its own: Triton reads ``TRITON_INTERPRET`` when
+Run by ``test_interpreted.py`` in a process of its own: Triton reads ``TRITON_INTERPRET`` when
 it is imported, and nobody else's kernels are to be interpreted.
 """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,23 +25,6 @@ from factorlm.ops import linear_gelu as module
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux alone")
 SHARED_MEMORY = 227 * 1024
 """What a GPU of capability 9.0 gives to a program."""
-
-
-@on_linux
-@pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    """All of ``interpreted_linear_gelu.py``."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    tests = Path(__file__).with_name("interpreted_linear_gelu.py")
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)],
-        env=env | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 
 @on_linux

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,23 +24,6 @@ KERNEL = torch.tensor(7.0)
 """What stands for the kernel's result."""
 SHARED_MEMORY = 99 * 1024
 """What every GPU from compute capability 8.0 on gives to a program."""
-
-
-@on_linux
-@pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    """All of ``interpreted_low_rank.py``, which says why it is a process of its own."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    tests = Path(__file__).with_name("interpreted_low_rank.py")
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)],
-        env=env | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 
 @on_linux
